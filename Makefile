@@ -1,0 +1,46 @@
+# A few verbs. Nothing but Python (3.10 to 3.13), make and git is expected on the machine.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_VENV ?= .venv-demo
+BIN = $(VENV)/bin
+PIP = install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench wheel clean
+
+# The main job on real input; installs no torch.
+demo: $(DEMO_VENV)/.ready
+	$(DEMO_VENV)/bin/python demo/demo.py
+
+test: $(VENV)/.ready lint wheel
+	$(BIN)/python -m pytest -n auto tests
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Built and imported in an environment of its own, without torch.
+wheel: $(VENV)/.ready
+	rm -rf dist build
+	$(BIN)/python -m build --quiet --wheel --outdir dist .
+	rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip $(PIP) "$$(ls dist/*.whl)[ort]"
+	cd dist && ../.venv-wheel/bin/python ../tests/wheel_check.py
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m edgevl.benchmarks.latency
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip $(PIP) "pip>=25.1"
+	$(BIN)/pip $(PIP) torch==2.13.0
+	$(BIN)/pip $(PIP) -e ".[ort,host,bench]" --group test --group lint
+	touch $@
+
+$(DEMO_VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/pip $(PIP) -e ".[ort,export]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-demo .venv-wheel dist build out

@@ -1,0 +1,1 @@
+"""From a checkpoint to a bundle: reads safetensors, writes ONNX graphs; needs no torch."""

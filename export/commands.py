@@ -1,0 +1,91 @@
+"""The host side's subcommands: export."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+from tqdm import tqdm
+
+from edgevl.export.exporter import DEFAULT_MAX_TOKENS, PRECISIONS, TARGETS, ExportOptions, ExportReport, export_bundle
+from edgevl.export.precision import BLOCK_SIZES, DECODER_PRECISIONS, VISION_PRECISIONS
+from edgevl.runtime.bundle import Bundle, FileEntry
+from edgevl.runtime.commands import note, report_table
+from edgevl.runtime.mrope import MROPE_RULES
+
+__all__ = ["export"]
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("-o", "--output", required=True, metavar="BUNDLE", help="Folder to write.")
+@click.option("--target", default="cpu", show_default=True, metavar="T", help=f"Where it runs: {', '.join(TARGETS)}.")
+@click.option("--precision", default="int4", show_default=True, metavar="P", help=", ".join(PRECISIONS) + ".")
+@click.option("--vision-precision", metavar="P", help=f"{', '.join(VISION_PRECISIONS)} [default: what --precision implies].")
+@click.option("--decoder-precision", metavar="P", help=f"{', '.join(DECODER_PRECISIONS)} [default: likewise].")
+@click.option("--block-size", type=int, default=128, show_default=True, metavar="N",
+              help=f"Weights that share a scale in int4 and int8-weights: {', '.join(map(str, BLOCK_SIZES))}.")
+@click.option("--asymmetric", is_flag=True, help="Zero points in int4 and int8-weights.")
+@click.option("--head-bits", type=int, default=8, show_default=True, metavar="N",
+              help="Embedding and head of quantized decoders: 8 or 4.")
+@click.option("--max-tokens", type=int, metavar="N",
+              help=f"Capacity of the KV cache [default: {DEFAULT_MAX_TOKENS}, or what the model has].")
+@click.option("--mrope-rule", default="released", show_default=True, metavar="NAME",
+              help=f"Positions after a video: {', '.join(MROPE_RULES)}.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
+@click.option("--no-verify", is_flag=True, help="Write no golden vectors and run no check.")
+def export(checkpoint: str, output: str, asymmetric: bool, overwrite: bool, no_verify: bool, **options: Any) -> int:
+    """CHECKPOINT (a folder, or a hub id) becomes the bundle BUNDLE, which verifies itself where torch is installed.
+
+    \b
+    Example:
+      edgevl export Qwen2-VL-2B-Instruct -o bundle --precision hybrid
+    """
+    chosen = ExportOptions(symmetric=not asymmetric, **options)
+    finish = None if no_verify else functools.partial(_golden, checkpoint)
+    with tqdm(unit="B", unit_scale=True, desc="weights", file=sys.stderr, disable=None, leave=False) as bar:
+
+        def progress(name: str, size: int, total: int) -> None:
+            bar.total = max(total, bar.n + size)
+            bar.set_postfix_str(name[-40:], refresh=False)
+            bar.update(size)
+
+        report = export_bundle(checkpoint, output, chosen, overwrite=overwrite, progress=progress, finish=finish)
+    click.echo(_table(report))
+    if no_verify or not any(name.startswith("golden/") for name in Bundle.open(output).files):
+        return 0
+    return _check(Path(output))
+
+
+def _golden(checkpoint: str, folder: Path, bundle: Bundle) -> dict[str, FileEntry]:
+    from edgevl.export.verify import host_missing, write_golden
+
+    reason = host_missing()
+    if reason is not None:
+        note(f"no golden vectors: {reason}; on a workstation: edgevl verify BUNDLE --against {checkpoint}")
+        return {}
+    return write_golden(folder, bundle, checkpoint, notice=note)
+
+
+def _check(folder: Path) -> int:
+    from edgevl.runtime.golden import replay
+
+    report = replay(Bundle.open(folder), "ort-cpu")
+    if report.first_drift is None:
+        note(f"verified on {report.engine}: {len(report.results)} stages hold")
+        return 0
+    click.echo(report_table(report))
+    note(f"edgevl: verify: {report.first_drift}; the bundle was kept for a look")
+    return 1
+
+
+def _table(report: ExportReport) -> str:
+    rows = [(p.part, p.precision, f"{p.nbytes / 1e6:,.1f}") for p in report.parts]
+    rows.append(("total", "", f"{sum(p.nbytes for p in report.parts) / 1e6:,.1f}"))
+    table = tabulate(rows, headers=("part", "precision", "MB"), tablefmt="simple", colalign=("left", "left", "right"))
+    tail = f"{report.bundle} in {report.seconds:.1f} s, peak memory {report.peak_rss_bytes / 1e6:,.0f} MB"
+    return f"{table}\n{tail}"

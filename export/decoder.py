@@ -1,0 +1,31 @@
+"""The decoder: Qwen2 as an architecture over the dialect's vocabulary.
+
+Reference: Qwen2VLTextModel in transformers' modeling_qwen2_vl.py. M-RoPE is the host's: the graph sees plain rotary
+rows (see edgevl.runtime.mrope).
+"""
+
+from __future__ import annotations
+
+from edgevl.export.dialect import Dialect
+from edgevl.runtime.config import TextConfig
+
+__all__ = ["write_decoder"]
+
+
+def write_decoder(write: Dialect, config: TextConfig) -> None:
+    """Write the whole decoder: input_ids and image_embeds to the logits of the wanted rows."""
+    x = write.embedding(write.input("input_ids"), "model.embed_tokens")
+    x = write.replace_rows(x, write.input("image_slots"), write.input("image_embeds"))
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        h = write.rms_norm(x, f"{prefix}.input_layernorm", config.rms_norm_eps)
+        q, k, v = write.linears(h, [f"{prefix}.self_attn.{p}_proj" for p in "qkv"], bias=True)
+        attended = write.causal_attention(q, k, v, layer)
+        x = write.add(x, write.linear(attended, f"{prefix}.self_attn.o_proj"))
+        h = write.rms_norm(x, f"{prefix}.post_attention_layernorm", config.rms_norm_eps)
+        x = write.add(x, write.gated_mlp(h, *(f"{prefix}.mlp.{p}_proj" for p in ("gate", "up", "down"))))
+    # Only the wanted rows pass the final norm and the head: the head is 151,936 wide.
+    rows = write.take_rows(x, write.input("logits_rows"))
+    rows = write.rms_norm(rows, "model.norm", config.rms_norm_eps)
+    table = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    write.output("logits", write.lm_head(rows, table))

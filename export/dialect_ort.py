@@ -1,0 +1,205 @@
+"""The ONNX Runtime dialect (CPU and CUDA): com.microsoft operators where they are the fast ones.
+
+Keeps to what ONNX Runtime 1.23 runs, the newest for Python 3.10 and so for JetPack 6. Measured choices, with their
+figures, are in benchmarks/LOG.md; in short: MatMulNBits with accuracy_level 4 for weight-only layers;
+DynamicQuantizeMatMul over rows scaled to [-1, 1] for W8A8, which makes the per-tensor kernel per token;
+GroupQueryAttention without its own rotary, because its rotary knows one table per batch and M-RoPE needs one per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from edgevl.export.checkpoint import Checkpoint
+from edgevl.export.graph import MICROSOFT, DataFile, GraphBuilder
+from edgevl.export.precision import Precision
+from edgevl.export.weights import BlockWeights, WeightStore
+from edgevl.runtime.config import ModelConfig
+from edgevl.runtime.graph_spec import CACHE_KEY, CACHE_VALUE, GraphSpec
+
+__all__ = ["LEAST_ONNXRUNTIME", "OrtDialect"]
+
+OPSET = 23  # RotaryEmbedding and RMSNormalization
+IR_VERSION = 11
+LEAST_ONNXRUNTIME = "1.23"
+_INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations rounded to int8 per row and block in the kernel
+_TINY = np.float32(1e-30)  # an all-zero row divided by its largest entry would be NaN
+
+
+class OrtDialect:
+    """Implements edgevl.export.dialect.Dialect for one graph."""
+
+    def __init__(
+        self, spec: GraphSpec, config: ModelConfig, checkpoint: Checkpoint, data: DataFile, precision: Precision
+    ) -> None:
+        self.builder = GraphBuilder(spec, data, OPSET, IR_VERSION)
+        self._config = config
+        self._precision = precision
+        self._weights = WeightStore(checkpoint, self.builder, precision.dtype)
+        self._scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+
+    # ------------------------------------------------------------------ plumbing
+
+    def input(self, name: str) -> ir.Value:
+        return self.builder.input(name)
+
+    def output(self, name: str, value: ir.Value) -> None:
+        self.builder.output(name, value)
+
+    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self.builder.op("Add", [a, b])
+
+    def _shape(self, *dims: int) -> ir.Value:
+        return self.builder.constant(f"shape_{'_'.join(map(str, dims))}", np.array(dims, np.int64))
+
+    def _flat(self, x: ir.Value, width: int) -> ir.Value:
+        return self.builder.op("Reshape", [x, self._shape(-1, width)])
+
+    # ------------------------------------------------------------------ tables and rows
+
+    def embedding(self, ids: ir.Value, table: str) -> ir.Value:
+        form = self._precision.table
+        if form.kind == "float":
+            return self.builder.op("Gather", [self._weights.table(table), ids])
+        packed = self._weights.blocks([table], form)
+        scales, zeros = self._weights.gather(packed)
+        attributes = {"bits": form.bits, "block_size": form.block_size, "gather_axis": 0, "quantize_axis": 2}
+        rows = self.builder.op("GatherBlockQuantized", [packed.codes, ids, scales, zeros], attributes, domain=MICROSOFT)
+        x = self.builder.op("Reshape", [rows, self._shape(0, 0, packed.blocks * form.block_size)])
+        if packed.blocks * form.block_size == packed.shape[1]:
+            return x
+        ends = [self.builder.constant(f"int64_{i}", np.array([i], np.int64)) for i in (0, packed.shape[1], 2)]
+        return self.builder.op("Slice", [x, *ends])
+
+    def replace_rows(self, x: ir.Value, slots: ir.Value, rows: ir.Value) -> ir.Value:
+        last = self.builder.constant("axis_last", np.array([-1], np.int64))
+        flat = self._flat(x, self._config.text.hidden_size)
+        index = self.builder.op("Unsqueeze", [slots, last])
+        replaced = self.builder.op("ScatterND", [flat, index, rows])
+        return self.builder.op("Reshape", [replaced, self.builder.op("Shape", [x])])
+
+    def take_rows(self, x: ir.Value, rows: ir.Value) -> ir.Value:
+        return self.builder.op("Gather", [self._flat(x, self._config.text.hidden_size), rows], {"axis": 0})
+
+    def merge_rows(self, x: ir.Value, width: int) -> ir.Value:
+        return self._flat(x, width)
+
+    def lm_head(self, x: ir.Value, table: str) -> ir.Value:
+        if self._precision.table.kind == "float":
+            logits = self.builder.op("Gemm", [x, self._weights.table(table)], {"transB": 1})
+        else:
+            logits = self._matmul_nbits(x, self._weights.blocks([table], self._precision.table), None)
+        if self._precision.dtype == "float32":
+            return logits
+        return self.builder.op("Cast", [logits], {"to": int(ir.DataType.FLOAT)})
+
+    # ------------------------------------------------------------------ linear layers
+
+    def linear(self, x: ir.Value, name: str, bias: bool = False) -> ir.Value:
+        return self._product(x, [name], bias)
+
+    def linears(self, x: ir.Value, names: Sequence[str], bias: bool = False) -> tuple[ir.Value, ...]:
+        sizes = [self._weights.rows_of([n]) for n in names]
+        split = self.builder.constant(f"split_{'_'.join(map(str, sizes))}", np.array(sizes, np.int64))
+        merged = self._product(x, names, bias)
+        return self.builder.op("Split", [merged, split], {"axis": -1}, outputs=len(names))
+
+    def gated_mlp(self, x: ir.Value, gate: str, up: str, down: str) -> ir.Value:
+        # Not merged: on the CPU the Split costs more than the larger product gains (0.74 ms against 1.64).
+        a, b = self._product(x, [gate], False), self._product(x, [up], False)
+        silu = self.builder.op("QuickGelu", [a], {"alpha": 1.0}, domain=MICROSOFT)
+        return self._product(self.builder.op("Mul", [silu, b]), [down], False)
+
+    def patch_embedding(self, patches: ir.Value, name: str) -> ir.Value:
+        # Stays float in every precision: pixels are the one input whose error nothing later can mend, and it is
+        # under 1 % of the encoder's work.
+        return self.builder.op("MatMul", [patches, self._weights.transposed([name])])
+
+    def _product(self, x: ir.Value, names: Sequence[str], bias: bool) -> ir.Value:
+        form = self._precision.linear
+        added = self._weights.vector(names, "bias") if bias else None
+        if form.kind == "float":
+            y = self.builder.op("MatMul", [x, self._weights.transposed(names)])
+        elif form.kind == "w8a8":
+            unit, largest = self._unit_rows(x)
+            codes, scales = self._weights.channels(names)
+            y = self.builder.op("DynamicQuantizeMatMul", [unit, codes, scales], domain=MICROSOFT)
+            y = self.builder.op("Mul", [y, largest])
+        else:
+            return self._matmul_nbits(x, self._weights.blocks(names, form), added)
+        return y if added is None else self.builder.op("Add", [y, added])
+
+    def _matmul_nbits(self, x: ir.Value, weight: BlockWeights, bias: ir.Value | None) -> ir.Value:
+        attributes = {
+            "K": weight.shape[1],
+            "N": weight.shape[0],
+            "bits": weight.format.bits,
+            "block_size": weight.format.block_size,
+            "accuracy_level": _INT8_ACTIVATIONS,
+        }
+        inputs = [x, weight.codes, weight.scales, weight.zero_points, None, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        return self.builder.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
+
+    def _unit_rows(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """(x with every row divided by its largest magnitude, that magnitude), shared by layers over one input."""
+        if x not in self._scaled:
+            last = self.builder.constant("axis_last", np.array([-1], np.int64))
+            largest = self.builder.op("ReduceMax", [self.builder.op("Abs", [x]), last], {"keepdims": 1})
+            largest = self.builder.op("Max", [largest, self.builder.constant("tiny", _TINY)])
+            self._scaled[x] = (self.builder.op("Div", [x, largest]), largest)
+        return self._scaled[x]
+
+    # ------------------------------------------------------------------ norms and activations
+
+    def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        weight = self._weights.vector([name], "weight")
+        return self.builder.op("RMSNormalization", [x, weight], {"axis": -1, "epsilon": epsilon})
+
+    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        weight, bias = (self._weights.vector([name], part) for part in ("weight", "bias"))
+        return self.builder.op("LayerNormalization", [x, weight, bias], {"axis": -1, "epsilon": epsilon})
+
+    def quick_gelu(self, x: ir.Value) -> ir.Value:
+        return self.builder.op("QuickGelu", [x], {"alpha": 1.702}, domain=MICROSOFT)
+
+    def gelu(self, x: ir.Value) -> ir.Value:
+        return self.builder.op("Gelu", [x])
+
+    # ------------------------------------------------------------------ attention
+
+    def _rotate(self, x: ir.Value, heads: int) -> ir.Value:
+        tables = [self.input("rotary_cos"), self.input("rotary_sin")]
+        return self.builder.op("RotaryEmbedding", [x, *tables], {"num_heads": heads})
+
+    def causal_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
+        t = self._config.text
+        q, k = self._rotate(q, t.num_attention_heads), self._rotate(k, t.num_key_value_heads)
+        names = [pattern.format(kind="{kind}", layer=layer) for pattern in (CACHE_KEY, CACHE_VALUE)]
+        past = [self.input(n.format(kind="past")) for n in names]
+        lengths = [self.input("seqlens_k"), self.input("total_sequence_length")]
+        attributes = {
+            "num_heads": t.num_attention_heads,
+            "kv_num_heads": t.num_key_value_heads,
+            "scale": t.head_dim**-0.5,
+            "do_rotary": 0,
+        }
+        y, *present = self.builder.op(
+            "GroupQueryAttention", [q, k, v, *past, *lengths], attributes, domain=MICROSOFT, outputs=3
+        )
+        for name, value in zip(names, present):
+            self.output(name.format(kind="present"), value)
+        return y
+
+    def frame_attention(self, x: ir.Value, qkv: str) -> ir.Value:
+        vision = self._config.vision
+        merged = self._product(x, [qkv], True)
+        split = self.builder.constant("split_qkv", np.array([vision.embed_dim] * 3, np.int64))
+        q, k, v = self.builder.op("Split", [merged, split], {"axis": -1}, outputs=3)
+        q, k = self._rotate(q, vision.num_heads), self._rotate(k, vision.num_heads)
+        attributes = {"num_heads": vision.num_heads, "scale": vision.head_dim**-0.5}
+        return self.builder.op("MultiHeadAttention", [q, k, v], attributes, domain=MICROSOFT)

@@ -1,0 +1,294 @@
+"""From a checkpoint to a bundle: graphs, tokenizer, template, golden vectors and, last of all, the manifest.
+
+Everything is written to a folder beside the target and renamed when complete: killed at any moment, an export leaves
+nothing that opens. Needs no torch; golden vectors are added where torch and transformers are installed.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgevl.export.checkpoint import Checkpoint, expected_shapes
+from edgevl.export.decoder import write_decoder
+from edgevl.export.dialect_ort import LEAST_ONNXRUNTIME, OrtDialect
+from edgevl.export.graph import DataFile
+from edgevl.export.precision import Precision, decoder_precision, vision_precision
+from edgevl.export.vision_encoder import write_vision_encoder
+from edgevl.runtime.bundle import MANIFEST, Bundle, FileEntry, GraphEntry, file_sha256
+from edgevl.runtime.errors import BundleError, InputError
+from edgevl.runtime.graph_spec import decoder_spec, vision_spec
+from edgevl.runtime.image_processing import ImageProcessorConfig
+from edgevl.runtime.mrope import MROPE_RULES
+from edgevl.runtime.prompt import load_chat_template
+from edgevl.runtime.tokenizer import Tokenizer
+
+__all__ = ["PRECISIONS", "TARGETS", "ExportOptions", "ExportReport", "PartReport", "export_bundle"]
+
+TARGETS = ("cpu",)
+# overall name -> (vision, decoder)
+PRECISIONS = {
+    "fp32": ("fp32", "fp32"),
+    "fp16": ("fp16", "fp16"),
+    "int8": ("int8", "int8"),
+    "int8-weights": ("int8", "int8-weights"),
+    "int4": ("int8", "int4"),
+    "hybrid": ("int8", "hybrid"),
+}
+DEFAULT_MAX_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export; `vision_precision` and `decoder_precision` default to what `precision` implies."""
+
+    precision: str = "int4"
+    vision_precision: str | None = None
+    decoder_precision: str | None = None
+    block_size: int = 128
+    symmetric: bool = True
+    head_bits: int = 8
+    max_tokens: int | None = None
+    mrope_rule: str = "released"
+    target: str = "cpu"
+
+
+@dataclass(frozen=True)
+class PartReport:
+    part: str
+    precision: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    bundle: Path
+    parts: tuple[PartReport, ...]
+    seconds: float
+    peak_rss_bytes: int
+
+
+Progress = Callable[[str, int, int], None]  # tensor, its bytes, bytes expected in all
+Finish = Callable[[Path, Bundle], dict[str, FileEntry]]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    vision: Precision
+    decoder: tuple[Precision, ...]
+    max_tokens: int
+
+
+def export_bundle(
+    source: str | Path,
+    output: str | Path,
+    options: ExportOptions = ExportOptions(),
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    finish: Finish | None = None,
+) -> ExportReport:
+    """Write the bundle `output` for the checkpoint `source` (a folder, or a hub id).
+
+    Args:
+        overwrite: replace an existing bundle at `output`; without it an existing path is an error.
+        progress: told of every tensor written.
+        finish: called with the unfinished folder and its bundle before the manifest is written (golden vectors);
+            returns the files that it added.
+
+    Raises:
+        CheckpointError, InputError: the checkpoint or an option cannot be used.
+        BundleError: the output exists, or the disk is full.
+    """
+    started = time.monotonic()
+    target = Path(output).absolute()
+    _check_output(target, overwrite)
+    with Checkpoint.open(source) as checkpoint:
+        plan = _plan(checkpoint, options)
+        _check_space(target, checkpoint, plan)
+        with _partial_folder(target, overwrite) as folder:
+            bundle = _write(checkpoint, folder, plan, options, progress)
+            if finish is not None:
+                bundle.files.update(finish(folder, bundle))
+            manifest = folder / MANIFEST
+            manifest.write_text(_json(bundle.manifest()), encoding="utf-8")
+    parts = tuple(_part_reports(target, bundle))
+    return ExportReport(target, parts, time.monotonic() - started, _peak_rss())
+
+
+def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:
+    if options.target not in TARGETS:
+        raise InputError(f"target {options.target!r} is not supported by this version; expected {', '.join(TARGETS)}")
+    if options.precision not in PRECISIONS:
+        raise InputError(f"precision {options.precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    if options.mrope_rule not in MROPE_RULES:
+        raise InputError(f"M-RoPE rule {options.mrope_rule!r} is unknown; expected one of {', '.join(MROPE_RULES)}")
+    vision, decoder = PRECISIONS[options.precision]
+    longest = checkpoint.config.text.max_position_embeddings
+    max_tokens = min(DEFAULT_MAX_TOKENS, longest) if options.max_tokens is None else options.max_tokens
+    if not 1 <= max_tokens <= longest:
+        raise InputError(f"max tokens is {max_tokens}, expected 1 to {longest} (the model's max_position_embeddings)")
+    return _Plan(
+        vision_precision(options.vision_precision or vision),
+        decoder_precision(
+            options.decoder_precision or decoder, options.block_size, options.symmetric, options.head_bits
+        ),
+        max_tokens,
+    )
+
+
+def _write(
+    checkpoint: Checkpoint, folder: Path, plan: _Plan, options: ExportOptions, progress: Progress | None
+) -> Bundle:
+    config = checkpoint.config
+    # Everything small first: a malformed tokenizer must not surface after minutes of rounding.
+    image_processor = ImageProcessorConfig.from_folder(checkpoint.folder)
+    Tokenizer.from_folder(checkpoint.folder).to_file(folder / "tokenizer.json")
+    template = load_chat_template(checkpoint.folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+    total = _expected_bytes(checkpoint, plan)
+    on_tensor = None if progress is None else lambda key, size: progress(key, size, total)
+    graphs: dict[str, GraphEntry] = {}
+    files: dict[str, FileEntry] = {}
+    with DataFile(folder / "vision.onnx.data", on_tensor) as data:
+        spec = vision_spec(config, plan.vision.dtype)
+        dialect = OrtDialect(spec, config, checkpoint, data, plan.vision)
+        write_vision_encoder(dialect, config.vision)
+        dialect.builder.save(folder / "vision.onnx")
+        graphs["vision"] = GraphEntry("vision.onnx", plan.vision.name, spec)
+        digest = data.sha256()
+    files["vision.onnx.data"] = FileEntry((folder / "vision.onnx.data").stat().st_size, digest)
+    with DataFile(folder / "decoder.onnx.data", on_tensor) as data:
+        roles = ("prefill", "decoder") if len(plan.decoder) == 2 else ("decoder",)
+        for role, precision in zip(roles, plan.decoder):
+            spec = decoder_spec(config, precision.dtype, role)
+            dialect = OrtDialect(spec, config, checkpoint, data, precision)
+            write_decoder(dialect, config.text)
+            dialect.builder.save(folder / f"{role}.onnx")
+            graphs[role] = GraphEntry(f"{role}.onnx", precision.name, spec)
+        digest = data.sha256()
+    files["decoder.onnx.data"] = FileEntry((folder / "decoder.onnx.data").stat().st_size, digest)
+    for path in sorted(folder.iterdir()):
+        if path.name not in files:
+            files[path.name] = FileEntry(path.stat().st_size, file_sha256(path))
+    return Bundle(
+        folder=folder,
+        model=config,
+        image_processor=image_processor,
+        mrope_rule=options.mrope_rule,
+        target=options.target,
+        precision=_precision_name(plan),
+        max_tokens=plan.max_tokens,
+        requires={"onnxruntime": LEAST_ONNXRUNTIME},
+        graphs=graphs,
+        files=files,
+        edgevl_version=importlib.metadata.version("edgevl"),
+        options=asdict(options),
+    )
+
+
+def _precision_name(plan: _Plan) -> str:
+    decoder = "hybrid" if len(plan.decoder) == 2 else plan.decoder[0].name
+    return f"vision {plan.vision.name}, decoder {decoder}"
+
+
+def _check_output(target: Path, overwrite: bool) -> None:
+    if not target.parent.is_dir():
+        raise BundleError(f"{target.parent}: no such folder; create it, or choose another output")
+    if not target.exists():
+        return
+    if not overwrite:
+        raise BundleError(f"{target}: exists already; choose another output, or pass --overwrite")
+    if not (target / MANIFEST).is_file():
+        raise BundleError(f"{target}: exists and is not a bundle; --overwrite replaces bundles only")
+
+
+@contextmanager
+def _partial_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder that becomes `target` if the block completes, and disappears if it does not."""
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.exists():  # of an export that was killed
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        if overwrite and target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except OSError as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        if e.errno == errno.ENOSPC:
+            raise BundleError(f"{target}: the disk is full; free some space or choose another output") from None
+        raise BundleError(f"{target}: cannot be written ({e})") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_space(target: Path, checkpoint: Checkpoint, plan: _Plan) -> None:
+    needed = _expected_bytes(checkpoint, plan)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise BundleError(
+            f"{target}: about {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
+            "free some space, choose another output, or a smaller precision"
+        )
+
+
+def _expected_bytes(checkpoint: Checkpoint, plan: _Plan) -> int:
+    """Size of the data files, from the shapes: what the disk must hold and what the progress counts towards."""
+    total = 0.0
+    for name, shape in expected_shapes(checkpoint.config).items():
+        size = 1
+        for d in shape:
+            size *= d
+        if name == "lm_head.weight" and checkpoint.config.text.tie_word_embeddings:
+            continue
+        precisions = (plan.vision,) if name.startswith("visual.") else plan.decoder
+        is_table = name in ("model.embed_tokens.weight", "lm_head.weight")
+        width = set()
+        for p in precisions:
+            form = p.table if is_table else p.linear
+            if len(shape) < 2 or form.kind == "float" or "patch_embed" in name:
+                width.add(2.0 if p.dtype == "float16" else 4.0)
+            elif form.kind == "w8a8":
+                width.add(1.0)
+            else:
+                width.add(form.bits / 8 + 4 / form.block_size)
+        total += size * sum(width)
+    return int(total)
+
+
+def _part_reports(folder: Path, bundle: Bundle) -> Iterator[PartReport]:
+    decoder = "hybrid" if "prefill" in bundle.graphs else bundle.graphs["decoder"].precision
+    sizes: dict[str, int] = {}
+    for name, entry in bundle.files.items():
+        part = "golden" if name.startswith("golden/") else name.split(".")[0]
+        part = {"prefill": "decoder", "chat_template": "tokenizer"}.get(part, part)
+        sizes[part] = sizes.get(part, 0) + entry.size
+    for part, precision in (("vision", bundle.graphs["vision"].precision), ("decoder", decoder)):
+        yield PartReport(part, precision, sizes.pop(part))
+    for part, size in sorted(sizes.items()):
+        yield PartReport(part, "", size)
+
+
+def _peak_rss() -> int:
+    """Largest resident set of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _json(data: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,151 @@
+"""Checkpoint tensors as graph weights: read a few rows at a time, rounded or transposed, streamed to the data file.
+
+Shared by the dialects. A merged layer (q, k and v over one input) is a list of names whose rows follow one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from edgevl.calibration.formats import BlockQuantized, pack_codes, pack_zero_points, quantize_blocks, quantize_channels
+from edgevl.export.checkpoint import Checkpoint
+from edgevl.export.graph import GraphBuilder
+from edgevl.export.precision import LinearFormat
+
+__all__ = ["BlockWeights", "WeightStore", "merged_key"]
+
+_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: what one step of a conversion holds
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """A block-quantized matrix in MatMulNBits' layout; `shape` is [N, K], `blocks` the number of blocks along K."""
+
+    codes: ir.Value  # uint8 [N, blocks, block_size × bits / 8]
+    scales: ir.Value  # float32 [N, blocks]
+    zero_points: ir.Value | None  # uint8 [N, ceil(blocks × bits / 8)]
+    shape: tuple[int, int]
+    blocks: int
+    format: LinearFormat
+    key: str
+
+
+def merged_key(names: Sequence[str]) -> str:
+    """One name for several layers: `model.layers.0.self_attn.q_proj+k_proj+v_proj`."""
+    return "+".join([names[0], *(n.rsplit(".", 1)[-1] for n in names[1:])])
+
+
+class WeightStore:
+    """Weights of one checkpoint for one graph under construction."""
+
+    def __init__(self, checkpoint: Checkpoint, builder: GraphBuilder, dtype: str) -> None:
+        self._checkpoint, self._builder = checkpoint, builder
+        self.dtype = np.dtype(dtype)
+
+    def rows_of(self, names: Sequence[str]) -> int:
+        return sum(self._checkpoint.shape(f"{n}.weight")[0] for n in names)
+
+    def columns_of(self, name: str) -> int:
+        return int(np.prod(self._checkpoint.shape(f"{name}.weight")[1:]))
+
+    def vector(self, names: Sequence[str], suffix: str, dtype: np.dtype | None = None) -> ir.Value:
+        """Norm weights and biases; several names follow one another."""
+        dtype = dtype or self.dtype
+        size = sum(self._checkpoint.shape(f"{n}.{suffix}")[0] for n in names)
+        return self._builder.weight(
+            f"{merged_key(names)}.{suffix}:{dtype}",
+            dtype,
+            (size,),
+            lambda: (self._checkpoint.read(f"{n}.{suffix}").astype(dtype) for n in names),
+        )
+
+    def transposed(self, names: Sequence[str]) -> ir.Value:
+        """Float [K, N] for MatMul."""
+        shape = (self.columns_of(names[0]), self.rows_of(names))
+
+        def chunks() -> Iterator[np.ndarray]:
+            out = np.empty(shape, self.dtype)
+            for start, part in self._parts(names):
+                out[:, start : start + len(part)] = part.T
+            yield out
+
+        return self._builder.weight(f"{merged_key(names)}.weight.T:{self.dtype}", self.dtype, shape, chunks)
+
+    def table(self, name: str) -> ir.Value:
+        """Float [N, K] as in the checkpoint: an embedding, and the head that is tied to it."""
+        shape = (self.rows_of([name]), self.columns_of(name))
+        return self._builder.weight(
+            f"{name}.weight:{self.dtype}",
+            self.dtype,
+            shape,
+            lambda: (part.astype(self.dtype) for _, part in self._parts([name])),
+        )
+
+    def channels(self, names: Sequence[str]) -> tuple[ir.Value, ir.Value]:
+        """int8 codes [K, N] and float32 scales [N] for W8A8."""
+        key = merged_key(names)
+        rows, columns = self.rows_of(names), self.columns_of(names[0])
+        scales = np.empty(rows, np.float32)
+
+        def chunks() -> Iterator[np.ndarray]:
+            out = np.empty((columns, rows), np.int8)
+            for start, part in self._parts(names):
+                q = quantize_channels(part)
+                out[:, start : start + len(part)] = q.codes.T
+                scales[start : start + len(part)] = q.scales
+            yield out
+
+        codes = self._builder.weight(f"{key}.weight.int8", np.int8, (columns, rows), chunks)
+        return codes, self._builder.weight(f"{key}.weight.int8.scales", np.float32, (rows,), lambda: [scales])
+
+    def blocks(self, names: Sequence[str], form: LinearFormat) -> BlockWeights:
+        """Packed codes, scales and zero points for MatMulNBits (and for GatherBlockQuantized through `gather`)."""
+        rows, columns = self.rows_of(names), self.columns_of(names[0])
+        count = -(-columns // form.block_size)
+        key = f"{merged_key(names)}.weight.int{form.bits}b{form.block_size}{'' if form.symmetric else 'z'}"
+        scales: list[np.ndarray] = []
+        zeros: list[np.ndarray] = []
+
+        def chunks() -> Iterator[np.ndarray]:
+            for _, part in self._parts(names):
+                q: BlockQuantized = quantize_blocks(part, form.bits, form.block_size, form.symmetric)
+                scales.append(q.scales)
+                if q.zero_points is not None:
+                    zeros.append(q.zero_points)
+                yield pack_codes(q.codes, form.bits)
+
+        width = form.block_size * form.bits // 8
+        codes = self._builder.weight(key, np.uint8, (rows, count, width), chunks)
+        scale = self._builder.weight(f"{key}.scales", np.float32, (rows, count), lambda: scales)
+        zero = None
+        if not form.symmetric:
+            packed = -(-count * form.bits // 8)
+            zero = self._builder.weight(
+                f"{key}.zeros", np.uint8, (rows, packed), lambda: (pack_zero_points(z, form.bits) for z in zeros)
+            )
+            # One code per byte: the layout of the gather, kept beside because the packed one cannot be indexed.
+            self._builder.data_only(f"{key}.zeros.gather", np.uint8, (rows, count, 1), lambda: zeros)
+        return BlockWeights(codes, scale, zero, (rows, columns), count, form, key)
+
+    def gather(self, table: BlockWeights) -> tuple[ir.Value, ir.Value | None]:
+        """Scales and zero points of `table` in GatherBlockQuantized's shapes [N, blocks, 1]."""
+        shape = (table.shape[0], table.blocks, 1)
+        scales = self._builder.alias(f"{table.key}.scales.gather", f"{table.key}.scales", shape)
+        if table.zero_points is None:
+            return scales, None
+        return scales, self._builder.alias(f"{table.key}.zeros.gather", f"{table.key}.zeros.gather", shape)
+
+    def _parts(self, names: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, float32 rows [n, K]) over all names, a bounded number of rows at a time."""
+        offset = 0
+        for name in names:
+            rows, columns = self.rows_of([name]), self.columns_of(name)
+            step = max(1, _CHUNK_ELEMENTS // columns)
+            for start in range(0, rows, step):
+                part = self._checkpoint.rows(f"{name}.weight", start, min(start + step, rows))
+                yield offset + start, part.reshape(len(part), columns)
+            offset += rows

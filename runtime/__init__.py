@@ -1,0 +1,55 @@
+"""The device side of edgevl: bundles in, answers out; numpy, Pillow, tokenizers, jinja2 and one engine library.
+
+Names are resolved when first used, so that `import edgevl.runtime` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgevl.runtime.bundle import Bundle
+    from edgevl.runtime.chat import ChatSession
+    from edgevl.runtime.errors import EdgeVLError
+    from edgevl.runtime.generation import Stream, VisionLanguageModel
+    from edgevl.runtime.grounding import Box
+    from edgevl.runtime.results import Completion, Piece, Timings, Usage
+    from edgevl.runtime.sampling import GenerationConfig
+    from edgevl.runtime.vision import EncodedImage
+
+_HOME = {
+    "Bundle": "bundle",
+    "Box": "grounding",
+    "ChatSession": "chat",
+    "Completion": "results",
+    "EdgeVLError": "errors",
+    "EncodedImage": "vision",
+    "GenerationConfig": "sampling",
+    "Piece": "results",
+    "Stream": "generation",
+    "Timings": "results",
+    "Usage": "results",
+    "VisionLanguageModel": "generation",
+}
+
+__all__ = [
+    "Box",
+    "Bundle",
+    "ChatSession",
+    "Completion",
+    "EdgeVLError",
+    "EncodedImage",
+    "GenerationConfig",
+    "Piece",
+    "Stream",
+    "Timings",
+    "Usage",
+    "VisionLanguageModel",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,106 @@
+"""The `edgevl` command: what a user types. Subcommands import what they need only when they run.
+
+Status: 0 done; 1 a check did not hold; 2 the input was wrong (one line on stderr); 130 interrupted. stdout carries
+results only, progress and notes go to stderr. `EDGEVL_DEBUG=1` shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from edgevl.runtime.errors import EdgeVLError
+
+__all__ = ["main"]
+
+# command -> (module, help line); the module is imported when the command is asked for
+_COMMANDS = {
+    "export": ("edgevl.export.commands", "A checkpoint folder (or hub id) becomes a bundle."),
+    "run": ("edgevl.runtime.commands", "Answer one prompt about pictures."),
+    "chat": ("edgevl.runtime.commands", "A conversation at the terminal."),
+    "verify": ("edgevl.runtime.commands", "Replay a bundle's golden vectors, stage by stage."),
+    "inspect": ("edgevl.runtime.commands", "What a bundle or a checkpoint holds."),
+    "doctor": ("edgevl.runtime.commands", "Which engines are usable here, and why the others are not."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        try:
+            module = importlib.import_module(_COMMANDS[cmd_name][0])
+        except ModuleNotFoundError as e:
+            if e.name is not None and e.name.startswith("edgevl"):
+                raise
+            raise EdgeVLError(
+                f"`edgevl {cmd_name}` needs the package {e.name!r}, which is not installed; pip install 'edgevl[export]'"
+            ) from None
+        return getattr(module, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="edgevl", prog_name="edgevl")
+def edgevl() -> None:
+    """Export, verify and run Qwen2-VL on edge devices, without torch on the device.
+
+    \b
+    Example:
+      edgevl export Qwen2-VL-2B-Instruct -o bundle
+      edgevl run bundle "What is the total?" --image receipt.jpg
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave the process with its status."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns the exit status, and prints errors as one line on stderr."""
+    try:
+        outcome: Any = edgevl.main(arguments, prog_name="edgevl", standalone_mode=False)
+        return outcome if isinstance(outcome, int) else 0
+    except EdgeVLError as e:
+        _debug()
+        _error(str(e))
+        return e.exit_status
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message(), err=True)
+        return 2
+    except click.ClickException as e:
+        _debug()
+        _error(f"{e.format_message()} See `{e.ctx.command_path if e.ctx else 'edgevl'} --help`."
+               if isinstance(e, click.UsageError) else e.format_message())
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        _debug()
+        click.echo(err=True)
+        return 130
+    except BrokenPipeError:  # the reader of our stdout went away: `edgevl run … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as e:
+        _debug()
+        _error(f"unexpected {type(e).__name__}: {e} (a bug in edgevl; EDGEVL_DEBUG=1 shows where)")
+        return 1
+
+
+def _error(message: str) -> None:
+    click.echo(f"edgevl: error: {' '.join(message.split())}", err=True)
+
+
+def _debug() -> None:
+    if os.environ.get("EDGEVL_DEBUG") == "1":
+        raise  # noqa: PLE0704 -- called from an except clause only

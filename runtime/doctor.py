@@ -1,0 +1,53 @@
+"""What this machine is, as far as an engine cares: processor, instruction sets, memory, package versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+from edgevl.runtime.engine import usable_cores
+
+__all__ = ["cpu_flags", "cpu_model", "machine"]
+
+# What decides int8 and bf16 speed on x86 and ARM.
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
+_PACKAGES = ("numpy", "pillow", "tokenizers", "jinja2", "onnxruntime", "onnxruntime-gpu", "onnx-ir", "torch", "transformers")
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def cpu_model() -> str:
+    for line in _cpuinfo().splitlines():
+        if line.startswith(("model name", "Model", "Hardware")):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_flags() -> list[str]:
+    """The instruction sets among those that matter which this processor has."""
+    words = {w for line in _cpuinfo().splitlines() if line.startswith(("flags", "Features")) for w in line.split()}
+    return [f for f in _FLAGS if f in words]
+
+
+def machine() -> dict[str, str]:
+    """Facts for a person to read, in order."""
+    facts = {
+        "edgevl": importlib.metadata.version("edgevl"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": f"{cpu_model()}, {usable_cores()} of {os.cpu_count()} cores usable",
+        "instruction sets": ", ".join(cpu_flags()) or "unknown",
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    for package in _PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return facts

@@ -1,0 +1,93 @@
+"""The KV cache: one buffer per layer and kind, of fixed capacity, written in place by the decoder graph.
+
+Host memory, allocated lazily by the operating system: an unused capacity costs address space, not memory. It knows
+rows and lengths, not tokens: whoever rewinds it must know which tokens the remaining length stands for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgevl.runtime.errors import CapacityError
+from edgevl.runtime.graph_spec import GraphSpec
+
+__all__ = ["CacheView", "KVCache"]
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """Contiguous rows of a cache, as the graph sees them: {past input name: array [rows, kv_heads, capacity, d]}."""
+
+    buffers: dict[str, np.ndarray]
+
+
+class KVCache:
+    """Keys and values of `batch` rows, each with a length of its own.
+
+    Args:
+        spec: the decoder's spec; its `cache` pairs name the buffers.
+        capacity: tokens that each row can hold.
+    """
+
+    def __init__(self, spec: GraphSpec, capacity: int, batch: int = 1) -> None:
+        self._spec = spec
+        self.capacity = capacity
+        self.lengths = np.zeros(batch, np.int64)
+        self._buffers: dict[str, np.ndarray] = {}
+        for past, _ in spec.cache:
+            tensor = spec.input(past)
+            _, heads, _, dim = tensor.shape
+            self._buffers[past] = np.zeros((batch, int(heads), capacity, int(dim)), tensor.dtype)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the full capacity in bytes (only touched pages are resident)."""
+        return sum(b.nbytes for b in self._buffers.values())
+
+    def view(self, start: int, stop: int) -> CacheView:
+        """Rows [start, stop) as one contiguous batch, sharing memory with the cache."""
+        return CacheView({name: b[start:stop] for name, b in self._buffers.items()})
+
+    def reserve(self, row: int, count: int) -> None:
+        """Check that `count` more tokens fit into `row`.
+
+        Raises:
+            CapacityError: they do not.
+        """
+        if self.lengths[row] + count > self.capacity:
+            raise CapacityError(
+                f"{int(self.lengths[row]) + count} tokens are needed, the KV cache holds {self.capacity}"
+            )
+
+    def advance(self, row: int, count: int) -> None:
+        """Count `count` tokens that the graph has written to `row`."""
+        self.reserve(row, count)
+        self.lengths[row] += count
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forget the tokens of `row` from `length` on; what lies beyond is overwritten later, never read."""
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(f"cannot rewind row {row} to {length}, it holds {int(self.lengths[row])}")
+        self.lengths[row] = length
+
+    def move(self, source: int, target: int) -> None:
+        """Copy row `source` over row `target` (its used part)."""
+        used = int(self.lengths[source])
+        for b in self._buffers.values():
+            b[target, :, :used] = b[source, :, :used]
+        self.lengths[target] = used
+
+    def fork(self) -> KVCache:
+        """An independent copy; only the used part is copied."""
+        other = KVCache(self._spec, self.capacity, self.batch)
+        used = int(self.lengths.max())
+        for name, b in self._buffers.items():
+            other._buffers[name][:, :, :used] = b[:, :, :used]
+        other.lengths[:] = self.lengths
+        return other

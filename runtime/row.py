@@ -1,0 +1,99 @@
+"""One answer being written: from logits to tokens, text and the reason to stop. Knows no engine."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgevl.runtime.errors import EngineError
+from edgevl.runtime.grounding import parse_boxes
+from edgevl.runtime.results import Completion, FinishReason, Piece, Timings, Usage
+from edgevl.runtime.sampling import GenerationConfig, Sampler, StopStrings
+from edgevl.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from edgevl.runtime.generation import PreparedPrompt
+
+__all__ = ["Row"]
+
+
+class Row:
+    """State of one row of a batch.
+
+    `token` is the last token chosen, which the next step feeds at `position`. `cached` tokens of the prompt were in
+    the KV cache before.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: GenerationConfig,
+        prompt: PreparedPrompt,
+        grounding_ids: frozenset[int],
+        started: float,
+        index: int,
+        cached: int,
+    ) -> None:
+        self._prompt, self._config, self._started = prompt, config, started
+        seed = None if config.seed is None else config.seed + index
+        self._sampler = Sampler(config, None if seed is None else np.random.default_rng(seed))
+        self._detokenizer = IncrementalDetokenizer(tokenizer, keep_special=grounding_ids)
+        self._stop = StopStrings(config.stop)
+        self._seen = np.concatenate([prompt.ids, np.zeros(config.max_new_tokens, np.int64)])
+        self._text: list[str] = []
+        self.tokens: list[int] = []
+        self.cached = cached
+        self.finish_reason: FinishReason | None = None
+        self.prefill_s = self.decode_s = self._first_token_s = 0.0
+
+    @property
+    def token(self) -> int:
+        return self.tokens[-1]
+
+    @property
+    def position(self) -> int:
+        """M-RoPE position of `token`, the same for t, h and w."""
+        return self._prompt.next_position + len(self.tokens) - 1
+
+    def accept(self, logits: np.ndarray, room: bool) -> Piece:
+        """Choose the next token from `logits` [vocab]; without `room` in the cache it is the last one."""
+        prompt = len(self._prompt.ids)
+        token = self._sampler.next(logits, self._seen[: prompt + len(self.tokens)])
+        if not self.tokens:
+            self._first_token_s = time.perf_counter() - self._started
+        self._seen[prompt + len(self.tokens)] = token
+        self.tokens.append(token)
+        ended = token in self._config.eos_token_ids
+        text, stopped = ("", False) if ended else self._stop.push(self._detokenizer.push(token))
+        if ended or stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self._config.max_new_tokens or not room:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and not stopped:
+            tail, stopped = self._stop.push(self._detokenizer.finish())
+            text += tail + ("" if stopped else self._stop.flush())
+        self._text.append(text)
+        return Piece(text, token)
+
+    def completion(self) -> Completion:
+        if self.finish_reason is None:
+            raise EngineError("the answer has not ended; read the stream to its end first")
+        text = "".join(self._text)
+        sizes = [i.original_size for i in self._prompt.images]
+        return Completion(
+            text=text,
+            token_ids=tuple(self.tokens),
+            boxes=parse_boxes(text, sizes),
+            finish_reason=self.finish_reason,
+            usage=Usage(len(self._prompt.ids), self._prompt.image_tokens, self.cached, len(self.tokens)),
+            timings=Timings(
+                preprocess_s=self._prompt.preprocess_s,
+                vision_s=self._prompt.vision_s,
+                prefill_s=self.prefill_s,
+                first_token_s=self._first_token_s,
+                decode_s=self.decode_s,
+                decode_steps=len(self.tokens) - 1,
+            ),
+        )
