@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,13 @@ def random_model(seed: int = 0, **text: Any) -> Qwen2VLForConditionalGeneration:
                 scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
                 parameter.copy_(torch.randn_like(parameter) * scale)
     return model
+
+
+def save_checkpoint(model: Qwen2VLForConditionalGeneration, folder: Path, generation: dict[str, Any] | None = None) -> Path:
+    """Save weights and config as transformers does, with the demo's tokenizer, template and preprocessor beside."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):
+        shutil.copy(DEMO / name, folder / name)
+    settings = {"eos_token_id": [419, 417], "pad_token_id": 417, **(generation or {})}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder

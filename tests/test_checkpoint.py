@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -424,7 +425,7 @@ def test_hub_id(saved: Path, tmp_path: Path) -> None:
 # VmHWM, because the peak that getrusage gives is inherited from the parent process.
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
-    """280 MB of sparse bfloat16, read whole: the peak grows by the largest tensor (48 MB) and little more."""
+    """280 MB of sparse bfloat16, read whole: the peak grows by the largest tensor (105 MB) and little more."""
     hidden, vocab = 1024, 12288
     config = released()
     config.update(hidden_size=hidden, intermediate_size=8192, num_attention_heads=8, num_hidden_layers=3)
@@ -439,6 +440,7 @@ def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
     write_raw(tmp_path / "model.safetensors", header, b"")
     path = tmp_path / "model.safetensors"
     os.truncate(path, path.stat().st_size + at)
+    largest = 5120 * 5120 * 4  # visual.merger.mlp.0
     assert 2.2e8 < at < 3.2e8
     code = (
         "import re\n"
@@ -454,5 +456,14 @@ def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
         "print(rows, peak() - before)\n"
     )
     rows, whole = map(int, in_process(code).split())
-    largest = vocab * hidden * 4
-    assert rows < 16e6 + 256 * 8192 * 4 and largest * 0.9 < whole < largest + 16e6, (rows, whole)
+    # The allocator may keep freed blocks of up to 32 MB; the file mapped, or a copy of the largest, would be 105 more.
+    assert rows < 16e6 + 256 * 8192 * 4 and largest * 0.9 < whole < largest + 48e6, (rows, whole)
+
+
+def test_several_threads(tmp_path: Path) -> None:
+    save(tmp_path, max_shard_size="100KB")
+    with Checkpoint.open(tmp_path) as checkpoint, ThreadPoolExecutor(8) as pool:
+        names = checkpoint.names()
+        alone = [checkpoint.read(name) for name in names]
+        for values in pool.map(lambda _: [checkpoint.read(name) for name in names], range(16)):
+            assert all(np.array_equal(a, b) for a, b in zip(alone, values, strict=True))

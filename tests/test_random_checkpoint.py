@@ -25,7 +25,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 
 def load(folder: Path) -> tuple[Qwen2VLForConditionalGeneration, dict[str, Any]]:
-    return Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="layers 0"):
         write_random_checkpoint(tmp_path / "a", "tiny", layers=0)
     with pytest.raises(InputError, match="GB free; choose another disk"):
-        write_random_checkpoint(tmp_path / "a", "72b", layers=100_000)
+        write_random_checkpoint(tmp_path / "a", "72b", layers=10_000)
     monkeypatch.setattr(random_checkpoint, "DEMO", tmp_path / "nowhere")
     with pytest.raises(InputError, match="so run this from a checkout"):
         write_random_checkpoint(tmp_path / "a", "tiny")
@@ -194,14 +195,15 @@ def test_command_line(tmp_path: Path) -> None:
     assert again.returncode == 2 and again.stdout == "" and again.stderr.count("\n") == 1 and "exists" in again.stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no resource module to measure peak memory with")
+# VmHWM, because the peak that getrusage gives is inherited from the parent process.
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """A model of 2B width and one layer (700 MB) is written with far less memory than it has."""
     code = (
-        "import resource, sys\n"
+        "import re\n"
         "from edgevl.benchmarks.random_checkpoint import write_random_checkpoint\n"
         f"write_random_checkpoint({str(tmp_path / 'model')!r}, '2b', layers=1, vision_depth=1)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))\n"
+        "print(1024 * int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]))\n"
     )
     peak = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert (tmp_path / "model" / "model.safetensors").stat().st_size > 6e8
