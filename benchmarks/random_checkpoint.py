@@ -19,8 +19,9 @@ from typing import Any, BinaryIO
 
 import click
 import numpy as np
-from edgevl.runtime.errors import EdgeVLError, InputError
 from tqdm import tqdm
+
+from edgevl.runtime.errors import EdgeVLError, InputError
 
 __all__ = ["SHAPES", "released_config", "released_tokenizer", "write_random_checkpoint"]
 

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.errors import CheckpointError
 

@@ -25,17 +25,40 @@ __all__ = ["export"]
 @click.option("-o", "--output", required=True, metavar="BUNDLE", help="Folder to write.")
 @click.option("--target", default="cpu", show_default=True, metavar="T", help=f"Where it runs: {', '.join(TARGETS)}.")
 @click.option("--precision", default="int4", show_default=True, metavar="P", help=", ".join(PRECISIONS) + ".")
-@click.option("--vision-precision", metavar="P", help=f"{', '.join(VISION_PRECISIONS)} [default: what --precision implies].")
+@click.option(
+    "--vision-precision", metavar="P", help=f"{', '.join(VISION_PRECISIONS)} [default: what --precision implies]."
+)
 @click.option("--decoder-precision", metavar="P", help=f"{', '.join(DECODER_PRECISIONS)} [default: likewise].")
-@click.option("--block-size", type=int, default=128, show_default=True, metavar="N",
-              help=f"Weights that share a scale in int4 and int8-weights: {', '.join(map(str, BLOCK_SIZES))}.")
+@click.option(
+    "--block-size",
+    type=int,
+    default=128,
+    show_default=True,
+    metavar="N",
+    help=f"Weights that share a scale in int4 and int8-weights: {', '.join(map(str, BLOCK_SIZES))}.",
+)
 @click.option("--asymmetric", is_flag=True, help="Zero points in int4 and int8-weights.")
-@click.option("--head-bits", type=int, default=8, show_default=True, metavar="N",
-              help="Embedding and head of quantized decoders: 8 or 4.")
-@click.option("--max-tokens", type=int, metavar="N",
-              help=f"Capacity of the KV cache [default: {DEFAULT_MAX_TOKENS}, or what the model has].")
-@click.option("--mrope-rule", default="released", show_default=True, metavar="NAME",
-              help=f"Positions after a video: {', '.join(MROPE_RULES)}.")
+@click.option(
+    "--head-bits",
+    type=int,
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Embedding and head of quantized decoders: 8 or 4.",
+)
+@click.option(
+    "--max-tokens",
+    type=int,
+    metavar="N",
+    help=f"Capacity of the KV cache [default: {DEFAULT_MAX_TOKENS}, or what the model has].",
+)
+@click.option(
+    "--mrope-rule",
+    default="released",
+    show_default=True,
+    metavar="NAME",
+    help=f"Positions after a video: {', '.join(MROPE_RULES)}.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @click.option("--no-verify", is_flag=True, help="Write no golden vectors and run no check.")
 def export(checkpoint: str, output: str, asymmetric: bool, overwrite: bool, no_verify: bool, **options: Any) -> int:

@@ -154,7 +154,7 @@ def _write(
     image_processor = ImageProcessorConfig.from_folder(checkpoint.folder)
     Tokenizer.from_folder(checkpoint.folder).to_file(folder / "tokenizer.json")
     template = load_chat_template(checkpoint.folder)
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
 
     total = _expected_bytes(checkpoint, plan)
     on_tensor = None if progress is None else lambda key, size: progress(key, size, total)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from edgevl.runtime.errors import InputError
 
-__all__ = ["DECODER_PRECISIONS", "VISION_PRECISIONS", "LinearFormat", "Precision", "decoder_precision", "vision_precision"]
+__all__ = [
+    "DECODER_PRECISIONS",
+    "VISION_PRECISIONS",
+    "LinearFormat",
+    "Precision",
+    "decoder_precision",
+    "vision_precision",
+]
 
 VISION_PRECISIONS = ("fp32", "fp16", "int8")
 DECODER_PRECISIONS = ("fp32", "fp16", "int8", "int8-weights", "int4", "hybrid")

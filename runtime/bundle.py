@@ -178,8 +178,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise BundleError(f"{folder}: no such folder; expected a bundle written by `edgevl export`")
     if not path.is_file():
-        hint = "it looks like a checkpoint: run `edgevl export` on it first" if (folder / "config.json").exists() else (
-            "expected a bundle written by `edgevl export`"
+        hint = (
+            "it looks like a checkpoint: run `edgevl export` on it first"
+            if (folder / "config.json").exists()
+            else ("expected a bundle written by `edgevl export`")
         )
         raise BundleError(f"{folder}: no {MANIFEST} inside; {hint}")
     try:

@@ -81,8 +81,11 @@ def run(arguments: list[str]) -> int:
         return 2
     except click.ClickException as e:
         _debug()
-        _error(f"{e.format_message()} See `{e.ctx.command_path if e.ctx else 'edgevl'} --help`."
-               if isinstance(e, click.UsageError) else e.format_message())
+        _error(
+            f"{e.format_message()} See `{e.ctx.command_path if e.ctx else 'edgevl'} --help`."
+            if isinstance(e, click.UsageError)
+            else e.format_message()
+        )
         return 2
     except (KeyboardInterrupt, click.Abort):
         _debug()

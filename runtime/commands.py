@@ -29,10 +29,20 @@ def note(message: str) -> None:
 def _engine_options(command: _Command) -> _Command:
     for option in (
         click.option("--verify-hashes", is_flag=True, help="Check every file's sha256 before running."),
-        click.option("--prefill-chunk", type=int, default=2048, show_default=True, metavar="N",
-                     help="Prompt tokens that go through the decoder at once; fewer need less memory."),
-        click.option("--capacity", type=int, metavar="N", help="Tokens that the KV cache holds [default: the bundle's]."),
-        click.option("--threads", type=int, metavar="N", help="Worker threads [default: the cores this process may use]."),
+        click.option(
+            "--prefill-chunk",
+            type=int,
+            default=2048,
+            show_default=True,
+            metavar="N",
+            help="Prompt tokens that go through the decoder at once; fewer need less memory.",
+        ),
+        click.option(
+            "--capacity", type=int, metavar="N", help="Tokens that the KV cache holds [default: the bundle's]."
+        ),
+        click.option(
+            "--threads", type=int, metavar="N", help="Worker threads [default: the cores this process may use]."
+        ),
         click.option("--engine", default="auto", show_default=True, metavar="E", help=f"auto, {', '.join(ENGINES)}."),
     ):
         command = option(command)
@@ -82,7 +92,11 @@ def _stats(completion: Completion) -> str:
     rows = [
         ("preprocess", f"{t.preprocess_s * 1e3:.1f} ms", ""),
         ("vision", f"{t.vision_s * 1e3:.1f} ms", f"{u.image_tokens} image tokens"),
-        ("prefill", f"{t.prefill_s * 1e3:.1f} ms", f"{u.prompt_tokens - u.cached_tokens} tokens, {u.cached_tokens} from the cache"),
+        (
+            "prefill",
+            f"{t.prefill_s * 1e3:.1f} ms",
+            f"{u.prompt_tokens - u.cached_tokens} tokens, {u.cached_tokens} from the cache",
+        ),
         ("first token", f"{t.first_token_s * 1e3:.1f} ms", "from the request"),
         ("decode", f"{t.decode_s * 1e3:.1f} ms", f"{t.decode_steps} steps, {t.tokens_per_s:.1f} tokens/s"),
     ]
@@ -92,8 +106,12 @@ def _stats(completion: Completion) -> str:
 @click.command()
 @click.argument("bundle")
 @click.argument("prompt")
-@click.option("--image", "images", multiple=True, metavar="FILE", help="A picture (repeatable; placed before the text).")
-@click.option("--video", "videos", multiple=True, metavar="FOLDER", help="A folder of frames, in the order of their names.")
+@click.option(
+    "--image", "images", multiple=True, metavar="FILE", help="A picture (repeatable; placed before the text)."
+)
+@click.option(
+    "--video", "videos", multiple=True, metavar="FOLDER", help="A folder of frames, in the order of their names."
+)
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option("--min-pixels", type=int, help="Enlarge pictures to at least this many pixels.")
 @click.option("--max-pixels", type=int, help="Shrink pictures to at most this many pixels: fewer tokens, faster.")
@@ -206,7 +224,9 @@ def _chat_command(line: str, session: Any, pending: dict[str, list[str]]) -> boo
     if name in ("/image", "/video"):
         path = argument.strip()
         if not Path(path).exists() or not path:
-            raise InputError(f"{name} {path}: not found; expected a {'picture' if name == '/image' else 'folder of frames'}")
+            raise InputError(
+                f"{name} {path}: not found; expected a {'picture' if name == '/image' else 'folder of frames'}"
+            )
         pending["images" if name == "/image" else "videos"].append(path)
         note(f"{path} goes with the next question")
     elif name == "/undo":
@@ -226,7 +246,9 @@ def _chat_command(line: str, session: Any, pending: dict[str, list[str]]) -> boo
 @click.command()
 @click.argument("bundle")
 @click.option("--engine", default="auto", show_default=True, metavar="E", help=f"auto, {', '.join(ENGINES)}.")
-@click.option("--against", metavar="CHECKPOINT", help="First write golden vectors from this checkpoint (needs 'edgevl[host]').")
+@click.option(
+    "--against", metavar="CHECKPOINT", help="First write golden vectors from this checkpoint (needs 'edgevl[host]')."
+)
 @click.option("--threads", type=int, metavar="N", help="Worker threads.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
 def verify(bundle: str, engine: str, against: str | None, threads: int | None, as_json: bool) -> int:
@@ -254,9 +276,7 @@ def verify(bundle: str, engine: str, against: str | None, threads: int | None, a
 
 def report_table(report: Any) -> str:
     """The table of a VerifyReport."""
-    rows = [
-        (r.case, r.stage, r.detail, "ok" if r.passed else "DRIFTS") for r in report.results
-    ]
+    rows = [(r.case, r.stage, r.detail, "ok" if r.passed else "DRIFTS") for r in report.results]
     return tabulate(rows, headers=("case", "stage", "result", ""), tablefmt="simple")
 
 
@@ -266,7 +286,9 @@ def _add_golden(bundle: str, checkpoint: str) -> None:
     try:
         module = importlib.import_module("edgevl.export.verify")
     except ModuleNotFoundError as e:
-        raise EdgeVLError(f"--against needs the package {e.name!r}; pip install 'edgevl[host]' on a workstation") from None
+        raise EdgeVLError(
+            f"--against needs the package {e.name!r}; pip install 'edgevl[host]' on a workstation"
+        ) from None
     module.add_golden(Path(bundle), checkpoint)
     note(f"golden vectors written to {bundle}")
 
@@ -291,26 +313,44 @@ def inspect(path: str, as_json: bool) -> None:
     try:
         module = importlib.import_module("edgevl.export.checkpoint")
     except ModuleNotFoundError as e:
-        raise EdgeVLError(f"inspecting a checkpoint needs the package {e.name!r}; pip install 'edgevl[export]'") from None
+        raise EdgeVLError(
+            f"inspecting a checkpoint needs the package {e.name!r}; pip install 'edgevl[export]'"
+        ) from None
     with module.Checkpoint.open(folder) as checkpoint:
-        tensors = [{"name": n, "dtype": checkpoint.dtype(n), "shape": list(checkpoint.shape(n))} for n in checkpoint.names()]
+        tensors = [
+            {"name": n, "dtype": checkpoint.dtype(n), "shape": list(checkpoint.shape(n))} for n in checkpoint.names()
+        ]
         if as_json:
             click.echo(json.dumps({"model": checkpoint.config.to_dict(), "tensors": tensors}))
             return
         click.echo(_model_lines(checkpoint.config))
-        click.echo(tabulate([(t["name"], t["dtype"], "×".join(map(str, t["shape"]))) for t in tensors],
-                            headers=("tensor", "dtype", "shape"), tablefmt="simple"))
+        click.echo(
+            tabulate(
+                [(t["name"], t["dtype"], "×".join(map(str, t["shape"]))) for t in tensors],
+                headers=("tensor", "dtype", "shape"),
+                tablefmt="simple",
+            )
+        )
 
 
 def _model_lines(config: Any) -> str:
     t, v = config.text, config.vision
     rows = [
-        ("decoder", f"{t.num_hidden_layers} layers, hidden {t.hidden_size}, mlp {t.intermediate_size}, "
-                    f"{t.num_attention_heads}/{t.num_key_value_heads} heads of {t.head_dim}, vocabulary {t.vocab_size}"),
-        ("", f"M-RoPE sections {list(t.mrope_section)}, theta {t.rope_theta:g}, "
-             f"{'tied' if t.tie_word_embeddings else 'untied'} head, {t.max_position_embeddings} positions"),
-        ("vision", f"{v.depth} blocks, width {v.embed_dim}, {v.num_heads} heads, patch {v.patch_size}, "
-                   f"merge {v.spatial_merge_size}, temporal {v.temporal_patch_size}"),
+        (
+            "decoder",
+            f"{t.num_hidden_layers} layers, hidden {t.hidden_size}, mlp {t.intermediate_size}, "
+            f"{t.num_attention_heads}/{t.num_key_value_heads} heads of {t.head_dim}, vocabulary {t.vocab_size}",
+        ),
+        (
+            "",
+            f"M-RoPE sections {list(t.mrope_section)}, theta {t.rope_theta:g}, "
+            f"{'tied' if t.tie_word_embeddings else 'untied'} head, {t.max_position_embeddings} positions",
+        ),
+        (
+            "vision",
+            f"{v.depth} blocks, width {v.embed_dim}, {v.num_heads} heads, patch {v.patch_size}, "
+            f"merge {v.spatial_merge_size}, temporal {v.temporal_patch_size}",
+        ),
     ]
     return tabulate(rows, tablefmt="plain")
 
@@ -325,15 +365,20 @@ def _describe(bundle: Bundle) -> str:
     lines = [tabulate(head, tablefmt="plain"), _model_lines(bundle.model)]
     for role, graph in bundle.graphs.items():
         cache = {n for pair in graph.spec.cache for n in pair}
-        rows = [(kind, t.name, t.dtype, "×".join(map(str, t.shape)))
-                for kind, tensors in (("in", graph.spec.inputs), ("out", graph.spec.outputs))
-                for t in tensors if t.name not in cache]
+        rows = [
+            (kind, t.name, t.dtype, "×".join(map(str, t.shape)))
+            for kind, tensors in (("in", graph.spec.inputs), ("out", graph.spec.outputs))
+            for t in tensors
+            if t.name not in cache
+        ]
         if graph.spec.cache:
             t = graph.spec.input(graph.spec.cache[0][0])
             rows.append(("cache", f"{len(graph.spec.cache)} tensors", t.dtype, "×".join(map(str, t.shape))))
         lines.append(f"{role}: {graph.file}, {graph.precision}\n" + tabulate(rows, tablefmt="plain"))
     files = [(n, f"{f.size:,}", f.sha256[:16]) for n, f in sorted(bundle.files.items())]
-    lines.append(tabulate(files, headers=("file", "bytes", "sha256"), tablefmt="simple", colalign=("left", "right", "left")))
+    lines.append(
+        tabulate(files, headers=("file", "bytes", "sha256"), tablefmt="simple", colalign=("left", "right", "left"))
+    )
     return "\n\n".join(lines)
 
 
@@ -355,5 +400,10 @@ def doctor(as_json: bool) -> None:
         return
     click.echo(tabulate(list(facts.items()), tablefmt="plain"))
     click.echo()
-    click.echo(tabulate([(s.name, "yes" if s.usable else "no", s.detail) for s in status],
-                        headers=("engine", "usable", "why"), tablefmt="simple"))
+    click.echo(
+        tabulate(
+            [(s.name, "yes" if s.usable else "no", s.detail) for s in status],
+            headers=("engine", "usable", "why"),
+            tablefmt="simple",
+        )
+    )

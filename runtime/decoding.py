@@ -61,7 +61,9 @@ class Decoder:
             stop = min(start + self._chunk, len(ids))
             here = slice(*np.searchsorted(slots, (start, stop)))
             last = stop == len(ids)
-            feeds = self._feeds(ids[None, start:stop], positions[:, None, start:stop], self.cache.lengths[row : row + 1])
+            feeds = self._feeds(
+                ids[None, start:stop], positions[:, None, start:stop], self.cache.lengths[row : row + 1]
+            )
             feeds["image_slots"], feeds["image_embeds"] = slots[here] - start, embeds[here]
             feeds["logits_rows"] = np.array([stop - start - 1] if last else [], np.int64)
             logits = self._engine.prefill.run(feeds, view)["logits"]

@@ -12,8 +12,29 @@ from edgevl.runtime.engine import usable_cores
 __all__ = ["cpu_flags", "cpu_model", "machine"]
 
 # What decides int8 and bf16 speed on x86 and ARM.
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
-_PACKAGES = ("numpy", "pillow", "tokenizers", "jinja2", "onnxruntime", "onnxruntime-gpu", "onnx-ir", "torch", "transformers")
+_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)
+_PACKAGES = (
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "jinja2",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnx-ir",
+    "torch",
+    "transformers",
+)
 
 
 def _cpuinfo() -> str:

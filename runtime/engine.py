@@ -92,7 +92,9 @@ def open_engine(
     if name == "auto":
         usable = [s for s in status.values() if s.usable]
         if not usable:
-            raise EngineError("no engine is usable here: " + "; ".join(f"{s.name}: {s.detail}" for s in status.values()))
+            raise EngineError(
+                "no engine is usable here: " + "; ".join(f"{s.name}: {s.detail}" for s in status.values())
+            )
         name = usable[0].name
         if notice is not None:
             notice(f"engine: {name} ({status[name].detail}); the only one usable for this bundle, see `edgevl doctor`")

@@ -7,7 +7,15 @@ stderr and leaves with `exit_status`.
 
 from __future__ import annotations
 
-__all__ = ["BundleError", "CapacityError", "CheckFailedError", "CheckpointError", "EdgeVLError", "EngineError", "InputError"]
+__all__ = [
+    "BundleError",
+    "CapacityError",
+    "CheckFailedError",
+    "CheckpointError",
+    "EdgeVLError",
+    "EngineError",
+    "InputError",
+]
 
 
 class EdgeVLError(Exception):

@@ -24,16 +24,14 @@ from edgevl.runtime.engine import Engine, open_engine
 from edgevl.runtime.errors import CapacityError, InputError
 from edgevl.runtime.kv_cache import KVCache
 from edgevl.runtime.mrope import position_ids
-from edgevl.runtime.prompt import ChatTemplate, PromptBuilder, VisionInput, collect_vision
+from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, load_chat_template
 from edgevl.runtime.results import Completion, Piece
 from edgevl.runtime.row import Row
 from edgevl.runtime.sampling import GenerationConfig
-from edgevl.runtime.tokenizer import Tokenizer
+from edgevl.runtime.tokenizer import GROUNDING_TOKENS, Tokenizer
 from edgevl.runtime.vision import EncodedImage, VisionStage
 
 __all__ = ["PreparedPrompt", "Stream", "VisionLanguageModel"]
-
-_GROUNDING = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>")
 
 
 @dataclass(frozen=True)
@@ -90,10 +88,11 @@ class VisionLanguageModel:
             )
         self._chunk = prefill_chunk
         self.tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-        template = ChatTemplate(bundle.path("chat_template.jinja").read_text(encoding="utf-8"))
-        self._builder = PromptBuilder(self.tokenizer, template, self.config)
+        # Grounding tokens in messages stay tokens: users refer to boxes with them, and earlier answers hold them.
+        template = load_chat_template(bundle.folder)
+        self._builder = PromptBuilder(self.tokenizer, template, self.config, trusted=GROUNDING_TOKENS)
         self._vision = VisionStage(engine.vision, self.config, bundle.image_processor)
-        ids = (self.tokenizer.token_to_id(t) for t in _GROUNDING)
+        ids = (self.tokenizer.token_to_id(t) for t in GROUNDING_TOKENS)
         self._grounding_ids = frozenset(i for i in ids if i is not None)
 
     @classmethod
@@ -134,9 +133,7 @@ class VisionLanguageModel:
 
     # ------------------------------------------------------------------ requests
 
-    def encode_image(
-        self, image: Any, min_pixels: int | None = None, max_pixels: int | None = None
-    ) -> EncodedImage:
+    def encode_image(self, image: Any, min_pixels: int | None = None, max_pixels: int | None = None) -> EncodedImage:
         """Run a picture (path, PIL image, array, bytes) through the vision encoder; the result may stand for it in
         messages, so that asking twice about one picture encodes it once."""
         return self._vision.encode(VisionInput("image", image, {"min_pixels": min_pixels, "max_pixels": max_pixels}))

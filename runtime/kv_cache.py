@@ -6,6 +6,8 @@ rows and lengths, not tokens: whoever rewinds it must know which tokens the rema
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +41,7 @@ class KVCache:
         for past, _ in spec.cache:
             tensor = spec.input(past)
             _, heads, _, dim = tensor.shape
-            self._buffers[past] = np.zeros((batch, int(heads), capacity, int(dim)), tensor.dtype)
+            self._buffers[past] = _zeros((batch, int(heads), capacity, int(dim)), np.dtype(tensor.dtype))
 
     @property
     def batch(self) -> int:
@@ -91,3 +93,10 @@ class KVCache:
             other._buffers[name][:, :, :used] = b[:, :, :used]
         other.lengths[:] = self.lengths
         return other
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros whose pages the system gives one by one. numpy asks for huge pages, which makes the first token of every
+    head resident with 2 MB: 224 MB for 300 tokens of a 2B model."""
+    count = math.prod(shape)
+    return np.frombuffer(mmap.mmap(-1, max(1, count * dtype.itemsize)), dtype, count).reshape(shape)

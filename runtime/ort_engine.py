@@ -31,7 +31,9 @@ class OrtGraph:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[PROVIDER])
         except Exception as e:  # onnxruntime raises its own classes, undocumented
-            raise EngineError(f"{path}: onnxruntime {ort.__version__} cannot load it: {str(e).splitlines()[0]}") from None
+            raise EngineError(
+                f"{path}: onnxruntime {ort.__version__} cannot load it: {str(e).splitlines()[0]}"
+            ) from None
         if self._session.get_providers() != [PROVIDER]:
             raise EngineError(f"{path}: asked for {PROVIDER}, got {self._session.get_providers()}")
         self._check_signature(path)
@@ -99,7 +101,9 @@ class OrtEngine:
 def _check_version(bundle: Bundle) -> None:
     least = bundle.requires.get("onnxruntime")
     if least is None:
-        raise EngineError(f"{bundle.folder}: exported for {bundle.target!r}, not for ONNX Runtime; export with --target cpu")
+        raise EngineError(
+            f"{bundle.folder}: exported for {bundle.target!r}, not for ONNX Runtime; export with --target cpu"
+        )
     have = tuple(int(p) for p in ort.__version__.split(".")[:2])
     if have < tuple(int(p) for p in least.split(".")[:2]):
         raise EngineError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.exceptions
 import jinja2.sandbox
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +26,13 @@ from edgevl.runtime.tokenizer import Tokenizer
 __all__ = ["ChatTemplate", "Prompt", "PromptBuilder", "VisionInput", "collect_vision", "load_chat_template"]
 
 ROLES = ("system", "user", "assistant")
-# Where a content item may name its picture or video; the first three as in qwen_vl_utils, the others as in transformers.
+# Where an item may name its picture or video: the first three as in qwen_vl_utils, the others as in transformers.
 _SOURCE_KEYS = {"image": "image", "image_url": "image", "video": "video", "url": None, "path": None}
 # Settings of one picture or video, as in qwen_vl_utils; handed on to whoever loads it.
 _OPTIONS = (
-    "min_pixels max_pixels resized_height resized_width "
-    "fps nframes min_frames max_frames total_pixels video_start video_end sample_fps"
-).split()
+    *("min_pixels", "max_pixels", "resized_height", "resized_width"),
+    *("fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end", "sample_fps"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,7 @@ class ChatTemplate:
         """Raises CheckpointError where the source does not compile."""
         self.source = source
         self._where = where
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
@@ -104,7 +103,7 @@ class ChatTemplate:
             return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
         except _RefusedError as e:
             raise InputError(f"{self._where}: refuses this conversation: {e}") from None
-        except jinja2.sandbox.SecurityError as e:
+        except jinja2.exceptions.SecurityError as e:
             raise CheckpointError(f"{self._where}: does what a template must not ({e}); do not trust it") from None
         except Exception as e:  # whatever the template's expressions raise
             raise CheckpointError(f"{self._where}: fails with {type(e).__name__}: {e}; take the released one") from None
@@ -130,13 +129,13 @@ def load_chat_template(folder: str | Path) -> ChatTemplate:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{path}: not readable as JSON ({e}); re-download the checkpoint") from None
-        found = value.get("chat_template") if isinstance(value, dict) else None
-        if isinstance(found, list):  # several by name
-            named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        declared = found = value.get("chat_template") if isinstance(value, dict) else None
+        if isinstance(declared, list):  # several by name
+            named = {t.get("name"): t.get("template") for t in declared if isinstance(t, dict)}
             found = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
         if isinstance(found, str):
             return ChatTemplate(found, str(path))
-        if found is not None or path.name == "chat_template.json":
+        if declared is not None or path.name == "chat_template.json":
             raise CheckpointError(f"{path}: chat_template must be a text, or a list with one named 'default'")
     raise CheckpointError(
         f"{folder}: no chat template in chat_template.jinja, chat_template.json or tokenizer_config.json; "
@@ -313,7 +312,7 @@ def _parse_item(item: Any, where: str) -> str | VisionInput:
         raise InputError(f"{where}: type is {kind!r}, expected 'text', 'image', 'image_url' or 'video'")
     expected = ["text"] if kind == "text" else [k for k, of in _SOURCE_KEYS.items() if of in (kind, None)]
     if len(sources) != 1 or sources[0] not in expected:
-        raise InputError(f"{where}: a {kind} item has {sources or 'no source'}, expected exactly one of {expected}")
+        raise InputError(f"{where}: the {kind} has {sources or 'no source'}, expected exactly one of {expected}")
     source = item[sources[0]]
     if kind == "text":
         if not isinstance(source, str):
@@ -327,7 +326,7 @@ def _parse_item(item: Any, where: str) -> str | VisionInput:
         raise InputError(f"{where}: {sources[0]} is None, expected a path, URL, bytes, picture or array")
     unknown = sorted(set(item) - {"type", sources[0], *_OPTIONS})
     if unknown:
-        raise InputError(f"{where}: unknown settings {unknown}, expected some of {_OPTIONS}")
+        raise InputError(f"{where}: unknown settings {unknown}, expected some of {', '.join(_OPTIONS)}")
     return VisionInput(kind, source, {k: item[k] for k in _OPTIONS if item.get(k) is not None})
 
 
@@ -335,6 +334,12 @@ def _count(kinds: Any) -> str:
     kinds = list(kinds)
     parts = [f"{kinds.count(kind)} {kind}s" for kind in ("image", "video")]
     return f"{' and '.join(parts)} (in the order {', '.join(kinds)})" if len(set(kinds)) > 1 else " and ".join(parts)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        # Jinja would print nothing and go on; a template that reaches for internals is not to be run at all.
+        raise jinja2.exceptions.SecurityError(f"reaches for {attribute!r} of a {type(obj).__name__}")
 
 
 class _RefusedError(jinja2.TemplateError):

@@ -115,7 +115,7 @@ class Sampler:
         self.config = config
         self._rng = rng if rng is not None else np.random.default_rng(config.seed)
 
-    def next(self, logits: NDArray[np.float32], seen_ids: NDArray[np.int64] | None = None) -> int:
+    def next(self, logits: NDArray[np.floating], seen_ids: NDArray[np.int64] | None = None) -> int:
         """The next token id.
 
         Args:
@@ -133,7 +133,7 @@ class Sampler:
         return int(ids[place]) if ids is not None else place
 
     def probabilities(
-        self, logits: NDArray[np.float32], seen_ids: NDArray[np.int64] | None = None
+        self, logits: NDArray[np.floating], seen_ids: NDArray[np.int64] | None = None
     ) -> NDArray[np.float64]:
         """The distribution that `next` draws from, float64 [V]; all on one token where it does not sample."""
         scores = self._penalized(logits, seen_ids)
@@ -145,7 +145,7 @@ class Sampler:
         out[slice(None) if ids is None else ids] = weights / weights.sum(dtype=np.float64)
         return out
 
-    def _penalized(self, logits: NDArray[np.float32], seen_ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    def _penalized(self, logits: NDArray[np.floating], seen_ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
         scores = np.asarray(logits, np.float32)
         _check_logits(scores)
         penalty = np.float32(self.config.repetition_penalty)
@@ -165,7 +165,8 @@ class Sampler:
             scores = scores[ids]
         # exp of (score - highest) / temperature: the highest is 1, nothing overflows. The difference comes first, so
         # that a tiny temperature does not overflow either.
-        weights = np.exp((scores - scores.max()) / np.float32(c.temperature))
+        with np.errstate(over="ignore"):  # to -inf, a weight of 0
+            weights = np.exp((scores - scores.max()) / np.float32(c.temperature))
         if c.top_p < 1:
             keep = _nucleus(weights, c.top_p)
             ids, weights = keep if ids is None else ids[keep], weights[keep]
@@ -184,8 +185,8 @@ def _check_logits(scores: NDArray[np.float32]) -> None:
     index = int(np.argmax(scores)) if math.isnan(top) or top > 0 else 0
     what = f"logit {index} of {scores.size} is {top}" if top != -math.inf else f"all {scores.size} logits are -inf"
     raise EngineError(
-        f"{what}, expected finite numbers: an overflow in the engine; try another precision (fp32, or fp16 to int8) "
-        "or engine, and `edgevl verify` to find the stage"
+        f"{what}, expected finite numbers; try another engine or export with --precision fp32, "
+        "and let `edgevl verify` name the stage that breaks"
     )
 
 

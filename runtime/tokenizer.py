@@ -63,10 +63,14 @@ class Tokenizer:
         for i, token in added.items():
             flags = [flag for flag in _ADDED_FLAGS if getattr(token, flag)]
             if token.special and flags:
-                raise CheckpointError(f"{where}: special token {i} {token.content!r} sets {flags}, expected none of them")
+                raise CheckpointError(
+                    f"{where}: special token {i} {token.content!r} sets {flags}, expected none of them"
+                )
         self.special_ids: frozenset[int] = frozenset(self._specials.values())
         longest_first = sorted(self._specials, key=len, reverse=True)
-        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+        self._special_pattern = (
+            re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+        )
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -101,7 +105,7 @@ class Tokenizer:
                 f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must map ids to the added tokens; "
                 "re-download the checkpoint"
             )
-        added = [
+        added: list[dict[str, Any]] = [
             {"id": int(i), "content": t["content"], "special": bool(t.get("special"))}
             | {flag: bool(t.get(flag)) for flag in _ADDED_FLAGS}
             for i, t in sorted(declared.items(), key=lambda item: int(item[0]))
@@ -131,8 +135,8 @@ class Tokenizer:
             got = out.token_to_id(token["content"])
             if got != token["id"]:
                 raise CheckpointError(
-                    f"{folder / 'tokenizer_config.json'}: {token['content']!r} is declared as {token['id']} but vocab.json "
-                    f"makes it {got}; the files belong to different checkpoints"
+                    f"{folder / 'tokenizer_config.json'}: {token['content']!r} is declared as {token['id']} but "
+                    f"vocab.json makes it {got}; the files belong to different checkpoints"
                 )
         return out
 

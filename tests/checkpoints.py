@@ -43,14 +43,20 @@ def random_model(seed: int = 0, **text: Any) -> Qwen2VLForConditionalGeneration:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "ln_q" in name:
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter) if name.endswith("weight") else 0.2 * torch.randn_like(parameter))
+                parameter.copy_(
+                    1 + 0.2 * torch.randn_like(parameter)
+                    if name.endswith("weight")
+                    else 0.2 * torch.randn_like(parameter)
+                )
             else:
                 scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
                 parameter.copy_(torch.randn_like(parameter) * scale)
     return model
 
 
-def save_checkpoint(model: Qwen2VLForConditionalGeneration, folder: Path, generation: dict[str, Any] | None = None) -> Path:
+def save_checkpoint(
+    model: Qwen2VLForConditionalGeneration, folder: Path, generation: dict[str, Any] | None = None
+) -> Path:
     """Save weights and config as transformers does, with the demo's tokenizer, template and preprocessor beside."""
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import random_model
-from edgevl.export.checkpoint import Checkpoint, canonical_name, expected_shapes
-from edgevl.runtime.config import ModelConfig
-from edgevl.runtime.errors import CheckpointError
 from safetensors.torch import load_file, save_file
 from test_config import RELEASED, released
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from edgevl.export.checkpoint import Checkpoint, canonical_name, expected_shapes
+from edgevl.runtime.config import ModelConfig
+from edgevl.runtime.errors import CheckpointError
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

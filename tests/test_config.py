@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from checkpoints import random_config, random_model
+from transformers import Qwen2VLConfig
+
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.errors import CheckpointError
-from transformers import Qwen2VLConfig
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary, tied: the config.json of each release.
 RELEASED = {

@@ -97,10 +97,10 @@ def test_golden_video_under_both_rules():
     video = [("video", 3, 1, 2), ("text", 1)]
     span = [[0, 1, 1, 2, 2, 3, 3], [0, 1, 1, 1, 1, 1, 1], [0, 1, 2, 1, 2, 1, 2]]
     released = compute(video)
-    assert released.ids.tolist() == [row + [4, 5] for row in span]
+    assert released.ids.tolist() == [[*row, 4, 5] for row in span]
     assert (released.next_position, released.resume_position, rope_delta(released)) == (6, 6, -3)
     five = compute(video, "transformers-5")
-    assert five.ids.tolist() == [row + [3, 4] for row in span]
+    assert five.ids.tolist() == [[*row, 3, 4] for row in span]
     assert (five.next_position, five.resume_position, rope_delta(five)) == (5, 5, -4)
 
 
@@ -208,7 +208,9 @@ def test_which_rule_the_installed_transformers_follows(theirs):
     """The figures of a 20 x 16 x 16 video with two text tokens: if this fails, the reference has moved again."""
     ids, grids = segments_to_prompt([("text", 2), ("video", 20, 8, 8), ("text", 2)])
     positions, _ = theirs_positions(theirs, ids, grids)
-    follows = [rule for rule in MROPE_RULES if np.array_equal(position_ids(ids, grids, TOKENS, MERGE, rule).ids, positions)]
+    follows = [
+        rule for rule in MROPE_RULES if np.array_equal(position_ids(ids, grids, TOKENS, MERGE, rule).ids, positions)
+    ]
     assert follows == ["transformers-5"]
     assert positions[0, -1] == 13  # 2 text, vision_start, 8 for the video, vision_end, 2 text
     assert position_ids(ids, grids, TOKENS, MERGE, "released").ids[0, -1] == 25  # 20 for the video
@@ -223,7 +225,7 @@ def test_placeholders_must_fit_the_grids():
         position_ids(ids, grids[:1], TOKENS, MERGE)
     with pytest.raises(InputError, match="3 pictures or videos need 8 placeholder tokens, the prompt has 7"):
         position_ids(ids, [*grids, VisionGrid(1, 2, 2)], TOKENS, MERGE)
-    with pytest.raises(InputError, match="picture or video 1 needs 1 placeholders|picture or video 2 needs 6 placeholders"):
+    with pytest.raises(InputError, match="picture or video 2 needs 6 placeholders in one piece"):
         position_ids(ids, grids[::-1], TOKENS, MERGE)
     with pytest.raises(InputError, match="in one piece"):
         position_ids(np.array([IMAGE, VIDEO]), [VisionGrid(1, 2, 4)], TOKENS, MERGE)

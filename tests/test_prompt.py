@@ -29,7 +29,10 @@ THEIRS = AutoTokenizer.from_pretrained(DEMO)
 
 
 def user(*content):
-    return {"role": "user", "content": content[0] if len(content) == 1 and isinstance(content[0], str) else list(content)}
+    return {
+        "role": "user",
+        "content": content[0] if len(content) == 1 and isinstance(content[0], str) else list(content),
+    }
 
 
 def text(value):
@@ -287,9 +290,9 @@ def test_collect_vision_in_prompt_order():
         ([user({"type": "audio", "audio": "x"})], "type is 'audio', expected 'text', 'image', 'image_url' or 'video'"),
         ([user({})], "type is None"),
         ([user({"url": "x"})], "type is None"),
-        ([user({"type": "image"})], "a image item has no source, expected exactly one of"),
-        ([user({"type": "image", "video": "x"})], "a image item has"),
-        ([user({"type": "text"})], "a text item has no source"),
+        ([user({"type": "image"})], "the image has no source, expected exactly one of"),
+        ([user({"type": "image", "video": "x"})], "the image has"),
+        ([user({"type": "text"})], "the text has no source"),
         ([user({"type": "text", "text": 3})], "text is a int, expected a string"),
         ([user({"type": "image", "image": "x", "text": "y"})], "exactly one of"),
         ([user({"type": "image", "image": None})], "image is None"),
@@ -317,7 +320,7 @@ def test_messages_that_are_not_understood(messages, message):
     ],
 )
 def test_sandbox(source):
-    with pytest.raises(CheckpointError, match=r"does what a template must not|fails with UndefinedError"):
+    with pytest.raises(CheckpointError, match="does what a template must not"):
         rendered = ChatTemplate(source).render([user("x")])
         pytest.fail(f"rendered {rendered!r}")
 

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import DEMO
-from edgevl.benchmarks import random_checkpoint
-from edgevl.benchmarks.random_checkpoint import released_config, released_tokenizer, write_random_checkpoint
-from edgevl.export.checkpoint import Checkpoint, expected_shapes
-from edgevl.runtime.config import ModelConfig
-from edgevl.runtime.errors import InputError
 from safetensors.torch import load_file
 from test_config import RELEASED, released
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from edgevl.benchmarks import random_checkpoint
+from edgevl.benchmarks.random_checkpoint import released_config, released_tokenizer, write_random_checkpoint
+from edgevl.export.checkpoint import Checkpoint, expected_shapes
+from edgevl.runtime.config import ModelConfig
+from edgevl.runtime.errors import InputError
 
 
 def load(folder: Path) -> tuple[Qwen2VLForConditionalGeneration, dict[str, Any]]:
