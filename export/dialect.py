@@ -70,7 +70,7 @@ class Dialect(Protocol):
         ...
 
     def patch_embedding(self, patches: ir.Value, name: str) -> ir.Value:
-        """patches [F, P, C × T × p × p] -> [F, P, E]: the reference's Conv3d, whose stride is its kernel, as a product."""
+        """patches [F, P, C × T × p × p] -> [F, P, E]: the reference's Conv3d (stride = kernel) as a product."""
         ...
 
     def lm_head(self, x: ir.Value, table: str) -> ir.Value:

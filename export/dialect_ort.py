@@ -26,7 +26,7 @@ OPSET = 23  # RotaryEmbedding and RMSNormalization
 IR_VERSION = 11
 LEAST_ONNXRUNTIME = "1.23"
 _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations rounded to int8 per row and block in the kernel
-_TINY = np.float32(1e-30)  # an all-zero row divided by its largest entry would be NaN
+_TINY = np.array(1e-30, np.float32)  # an all-zero row divided by its largest entry would be NaN
 
 
 class OrtDialect:

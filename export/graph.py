@@ -57,7 +57,7 @@ class DataFile:
         for chunk in chunks:
             if chunk.dtype != dtype:
                 raise ValueError(f"{key}: a chunk of {chunk.dtype}, declared as {dtype}")
-            self._write(memoryview(np.ascontiguousarray(chunk)).cast("B"))
+            self._write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
         if self._offset - start != expected:
             raise ValueError(f"{key}: {self._offset - start} bytes were written, {tuple(shape)} {dtype} is {expected}")
         tensor = ir.ExternalTensor(
@@ -203,5 +203,8 @@ class GraphBuilder:
 
     def _register(self, key: str, tensor: ir.TensorProtocol) -> None:
         self._initializers[key] = ir.Value(
-            name=key, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+            name=key,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape([int(d) for d in tensor.shape.numpy()]),
+            const_value=tensor,
         )

@@ -41,7 +41,7 @@ class _LazyGroup(click.Group):
             if e.name is not None and e.name.startswith("edgevl"):
                 raise
             raise EdgeVLError(
-                f"`edgevl {cmd_name}` needs the package {e.name!r}, which is not installed; pip install 'edgevl[export]'"
+                f"`edgevl {cmd_name}` needs the package {e.name!r}, not installed here; pip install 'edgevl[export]'"
             ) from None
         return getattr(module, cmd_name)
 

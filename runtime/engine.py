@@ -33,10 +33,17 @@ class GraphRunner(Protocol):
 class Engine(Protocol):
     """The graphs of one bundle on one device. `prefill` is `decoder` where the bundle has no graph for prefill."""
 
-    name: str
-    vision: GraphRunner
-    decoder: GraphRunner
-    prefill: GraphRunner
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vision(self) -> GraphRunner: ...
+
+    @property
+    def decoder(self) -> GraphRunner: ...
+
+    @property
+    def prefill(self) -> GraphRunner: ...
 
     def close(self) -> None: ...
 

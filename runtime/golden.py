@@ -49,9 +49,11 @@ GOLDEN_FOLDER = "golden"
 STAGES = ("preprocessing", "prompt", "positions", "vision", "prefill", "decode", "tokens")
 
 # Least cosine against the fp32 reference, by part and by the precision that the manifest gives for the stage's graph
-# (a hybrid bundle: prefill as int8, decode as int4). Float formats are held to their rounding; the rounded ones to what
-# rounding to nearest costs, with room for a small model, where less averages out. A wrong kernel lands far below: with
-# one layer's scales zeroed, or plain positions instead of M-RoPE, the cosine of a small random model is under 0.8.
+# (a hybrid bundle: prefill as int8, decode as int4). Seen where all is well (demo model; 2B shapes with random weights,
+# hybrid): fp32 1 - 1e-12; fp16 0.999999; int8 vision 0.9988 and 0.9997, decoder 0.9985 and 0.996; int4 0.98 and 0.93,
+# down to 0.84 in a random model 64 wide. A kernel that reads 4-bit weights wrongly (nibbles, zero points, scales)
+# gives under 0.7. What int4's floor cannot see is one dead feed-forward layer among good ones: the demo's answers keep
+# 0.94 without it.
 COSINE_FLOORS = {
     "vision": {"fp32": 0.99999, "fp16": 0.999, "int8": 0.98},
     "decoder": {"fp32": 0.99999, "fp16": 0.999, "int8": 0.98, "int8-weights": 0.98, "int4": 0.85},
@@ -98,6 +100,8 @@ class VerifyReport:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: no NaN."""
         results = [asdict(r) | {"value": r.value if math.isfinite(r.value) else None} for r in self.results]
+        for r in results:
+            r["threshold"] = r["threshold"] if math.isfinite(r["threshold"]) else None
         first = None if self.first_drift is None else str(self.first_drift)
         return {"engine": self.engine, "passed": self.passed, "first_drift": first, "results": results}
 
@@ -301,5 +305,5 @@ def _equal_prefix(got: Sequence[int], case: GoldenCase) -> int:
     for i, (token, expected) in enumerate(zip(got, case.tokens.tolist())):
         if token != expected:
             row = case.logits[i]
-            return case.steps if row[expected] - row[token] <= TIE * (row.max() - row.min()) else i
+            return case.steps if abs(row[expected] - row[token]) <= TIE * (row.max() - row.min()) else i
     return min(len(got), case.steps)

@@ -16,7 +16,7 @@ TOKENS = {"image_token_id": 429, "video_token_id": 430, "vision_start_token_id":
 
 def random_config(**text: Any) -> Qwen2VLConfig:
     """A tiny config with the demo tokenizer's special tokens; keyword arguments override text fields."""
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
@@ -33,7 +33,8 @@ def random_config(**text: Any) -> Qwen2VLConfig:
     section = fields.pop("mrope_section", [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8])
     fields["rope_parameters"] = {"rope_type": "default", "mrope_section": section, "rope_theta": 10000.0}
     vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": fields["hidden_size"], "mlp_ratio": 4}
-    return Qwen2VLConfig(text_config=fields, vision_config=vision, tie_word_embeddings=tied, **TOKENS)
+    options: dict[str, Any] = {"tie_word_embeddings": tied, **TOKENS}
+    return Qwen2VLConfig(text_config=fields, vision_config=vision, **options)
 
 
 def random_model(seed: int = 0, **text: Any) -> Qwen2VLForConditionalGeneration:

@@ -101,7 +101,7 @@ def test_onnxruntime_reads_the_same_weight(bits: int, symmetric: bool, columns: 
         providers=["CPUExecutionProvider"],
     )
     x = rng.standard_normal((5, columns)).astype(np.float32)
-    np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ dequantize_blocks(q).T, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(session.run(None, {"x": x})[0]), x @ dequantize_blocks(q).T, atol=1e-4)
 
 
 @pytest.mark.parametrize(("bits", "block"), [(3, 32), (4, 24), (4, 8)])

@@ -199,7 +199,7 @@ def test_config_files(tmp_path: Path) -> None:
 )
 def test_bad_config_files(tmp_path: Path, content: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(content)
-    with pytest.raises(CheckpointError, match="preprocessor_config.json"):
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
         ImageProcessorConfig.from_folder(tmp_path)
 
 
