@@ -91,7 +91,7 @@ def _golden(checkpoint: str, folder: Path, bundle: Bundle) -> dict[str, FileEntr
     if reason is not None:
         note(f"no golden vectors: {reason}; on a workstation: edgevl verify BUNDLE --against {checkpoint}")
         return {}
-    return write_golden(folder, bundle, checkpoint, notice=note)
+    return write_golden(folder, bundle, checkpoint, notice=note, progress=lambda case: note(f"golden: {case}"))
 
 
 def _check(folder: Path) -> int:

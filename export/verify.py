@@ -68,6 +68,7 @@ def write_golden(
     *,
     steps: int = DEFAULT_STEPS,
     notice: Notice | None = None,
+    progress: Notice | None = None,
 ) -> dict[str, FileEntry]:
     """Run the reference on every case and write `golden/<case>.safetensors` below `folder`.
 
@@ -76,6 +77,7 @@ def write_golden(
         source: the checkpoint that the bundle was made from, a folder or hub id.
         steps: answer tokens of every case.
         notice: told of cases, or of all of them, that cannot be written here, and why.
+        progress: told of every case before it is computed; each takes some 10 s with 2B shapes on two cores.
 
     Returns:
         Name (relative to `folder`) -> size and hash of every file written; {} where memory does not suffice.
@@ -101,6 +103,8 @@ def write_golden(
     (folder / GOLDEN_FOLDER).mkdir(exist_ok=True)
     written: dict[str, FileEntry] = {}
     for name in _CASES:
+        if progress is not None:
+            progress(name)
         case = reference.case(name, steps)
         needed = len(case.input_ids) + steps
         if needed > bundle.max_tokens:
@@ -113,7 +117,12 @@ def write_golden(
 
 
 def add_golden(
-    bundle_folder: str | Path, source: str | Path, *, steps: int = DEFAULT_STEPS, notice: Notice | None = None
+    bundle_folder: str | Path,
+    source: str | Path,
+    *,
+    steps: int = DEFAULT_STEPS,
+    notice: Notice | None = None,
+    progress: Notice | None = None,
 ) -> list[str]:
     """Write golden vectors into an existing bundle (`edgevl verify BUNDLE --against CHECKPOINT`); returns the files.
 
@@ -135,7 +144,11 @@ def add_golden(
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir()
-        written = write_golden(partial, bundle, source, steps=steps, notice=notice)
+        written = write_golden(partial, bundle, source, steps=steps, notice=notice, progress=progress)
+        if not written:
+            raise InputError(
+                f"{folder}: no golden case fits into {bundle.max_tokens} tokens; export with more max tokens"
+            )
         kept = {name: entry for name, entry in bundle.files.items() if name not in before}
         _write_manifest(replace(bundle, files=kept))
         for name in before:
@@ -225,8 +238,9 @@ class _Reference:
 
         bars = transformers.utils.logging.is_progress_bar_enabled()
         transformers.utils.logging.disable_progress_bar()  # the caller tells of progress
+        from_pretrained: Any = Qwen2VLForConditionalGeneration.from_pretrained  # its type forgets the loading info
         try:
-            model, info = Qwen2VLForConditionalGeneration.from_pretrained(
+            model, info = from_pretrained(
                 folder,
                 dtype=torch.float32,
                 attn_implementation="eager",

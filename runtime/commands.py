@@ -129,6 +129,8 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], videos: tuple[str, ..
     """
     from edgevl.runtime.grounding import strip_grounding
 
+    if options["draw_boxes"] is not None and not images:
+        raise InputError("--draw-boxes needs a picture; pass one with --image")
     content = _content(prompt, images, videos, options["min_pixels"], options["max_pixels"])
     system = options["system"]
     messages = [{"role": "system", "content": system}] if system is not None else []
@@ -153,8 +155,6 @@ def _draw(images: Sequence[str], completion: Completion, output: Path) -> None:
     from edgevl.runtime.grounding import draw_boxes
     from edgevl.runtime.image_loading import load_image
 
-    if not images:
-        raise InputError("--draw-boxes needs a picture; pass one with --image")
     if not completion.boxes:
         note(f"no boxes in the answer; {output} was not written")
         return
@@ -289,7 +289,7 @@ def _add_golden(bundle: str, checkpoint: str) -> None:
         raise EdgeVLError(
             f"--against needs the package {e.name!r}; pip install 'edgevl[host]' on a workstation"
         ) from None
-    module.add_golden(Path(bundle), checkpoint)
+    module.add_golden(Path(bundle), checkpoint, notice=note, progress=lambda case: note(f"golden: {case}"))
     note(f"golden vectors written to {bundle}")
 
 

@@ -11,6 +11,7 @@ import binascii
 import io
 import os
 import re
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,7 @@ from edgevl.runtime.errors import InputError
 
 __all__ = ["load_image"]
 
+MAX_DECODED_PIXELS = 178_956_970  # where Pillow's own limit stands unless a program moves it: 0.7 GB decoded
 _FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _ORIENTATION = 0x0112  # EXIF tag 274
@@ -49,7 +51,7 @@ def load_image(source: str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
     Raises:
         InputError: missing, unreadable or empty file, not a picture, truncated, zero-size, more than
-            `PIL.Image.MAX_IMAGE_PIXELS` pixels (looked at before decoding), an http URL, another type.
+            `MAX_DECODED_PIXELS` pixels (looked at before decoding), an http URL, another type.
     """
     if isinstance(source, Image.Image):
         return _finish(source, _name(source))
@@ -84,7 +86,7 @@ def _name(source: Any) -> str:
 def _local_path(url: str, scheme: str) -> Path:
     """Path of a file:// URL, percent-encoded or (as qwen_vl_utils takes it) literal."""
     if scheme in ("http", "https"):
-        raise InputError(f"{_name(url)}: edgevl fetches nothing; download the picture first and pass its path")
+        raise InputError(f"{_name(url)}: edgevl fetches nothing; download it first and pass its path")
     if scheme != "file":
         raise InputError(f"{_name(url)}: unknown scheme {scheme!r}; expected a path, a file:// or a data: URL")
     rest = url[len("file://") :]
@@ -99,7 +101,9 @@ def _local_path(url: str, scheme: str) -> Path:
 def _data_url(url: str) -> bytes:
     """Bytes of `data:[media type];base64,...` (RFC 2397); the media type is not believed, the content decides."""
     head, comma, body = url.partition(",")
-    if not comma or not head.lower().rstrip().endswith(";base64"):
+    if not comma:
+        raise InputError(f"{_name(url)}: without a comma; expected 'data:image/...;base64,' and the picture in base64")
+    if not head.lower().rstrip().endswith(";base64"):
         raise InputError(f"{_name(url)}: expected 'data:image/...;base64,' and the picture in base64")
     try:
         return base64.b64decode("".join(unquote(body).split()), validate=True)
@@ -116,11 +120,11 @@ def _from_file(path: Path, name: str) -> Image.Image:
             stream.seek(0)
             return _from_stream(stream, name)
     except FileNotFoundError:
-        raise InputError(f"{name}: no such file; check the path of the picture") from None
+        raise InputError(f"{name}: not found; check the path of the picture") from None
     except IsADirectoryError:
         raise InputError(f"{name}: is a folder; expected a picture file ({_FORMATS})") from None
     except PermissionError:
-        raise InputError(f"{name}: permission denied; make the file readable for this user") from None
+        raise InputError(f"{name}: Permission denied; make the file readable for this user") from None
     except (OSError, ValueError) as e:  # ValueError: a NUL in the name
         raise InputError(f"{name}: cannot be read ({_reason(e)}); check the path of the picture") from None
 
@@ -133,15 +137,18 @@ def _from_bytes(data: bytes, name: str) -> Image.Image:
 
 def _from_stream(stream: BinaryIO, name: str) -> Image.Image:
     try:
-        image = Image.open(stream)
+        # Pillow's warning at half the limit would come or raise as the program's filters say; ours is the only limit.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(stream)
     except _BOMB:
-        raise _too_large(name, "") from None
+        raise _too_large(name, "too many") from None
     except UnidentifiedImageError:
         raise InputError(f"{name}: not a picture, or cut off in its header; expected {_FORMATS}") from None
     except MemoryError:
         raise
     except Exception as e:  # Pillow's readers raise many types on damaged headers: struct.error, KeyError, ...
-        raise InputError(f"{name}: damaged picture ({_reason(e)}); expected {_FORMATS}") from None
+        raise InputError(f"{name}: damaged or truncated ({_reason(e)}); expected {_FORMATS}") from None
     with image:
         if image.format == "EPS":  # Pillow would hand the file to Ghostscript, a program that runs PostScript
             raise InputError(f"{name}: EPS pictures are not read; convert it to PNG first")
@@ -152,9 +159,9 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     """Check the size, decode, convert and turn upright."""
     width, height = image.size
     if width < 1 or height < 1:
-        raise InputError(f"{name}: the picture is {width}x{height} pixels; expected at least 1x1")
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise _too_large(name, f"{width}x{height} pixels, ")
+        raise InputError(f"{name}: the picture is {width}×{height} pixels; expected at least 1×1")
+    if width * height > MAX_DECODED_PIXELS:
+        raise _too_large(name, f"{width}×{height} = {width * height}")
     try:
         image.load()
         orientation = _orientation(image)  # after load: the TIFF reader turns the picture itself, and says so there
@@ -162,11 +169,10 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     except (InputError, MemoryError):
         raise
     except _BOMB:  # a container whose inner picture is larger than its header says
-        raise _too_large(name, "") from None
+        raise _too_large(name, "too many") from None
     except Exception as e:  # as in _from_stream
         raise InputError(
-            f"{name}: cannot be decoded ({_reason(e)}); the file is damaged, cut off or of an unusual kind: "
-            "save it again as PNG or JPEG"
+            f"{name}: damaged or truncated, or of an unusual kind ({_reason(e)}); copy it again, or save it as PNG"
         ) from None
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
@@ -220,15 +226,15 @@ def _float_bytes(values: np.ndarray, name: str, top: int) -> np.ndarray:
     """uint8 of floats in 0..1, or in 0..top where one is above 1."""
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= top):  # so written, NaN fails too
-        raise InputError(f"{name}: floating pixels in {low:g}..{high:g}; expected 0..1: scale them, or pass uint8")
+        raise InputError(f"{name}: floating values in {low:g}..{high:g}, outside 0..1; scale them, or pass uint8")
     return np.rint(values.astype(np.float32) * (255 if high <= 1 else 1)).astype(np.uint8)
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise InputError(f"{name}: expected [height, width] or [height, width, 1, 3 or 4], channels last")
+        raise InputError(f"{name}: expected shape [height, width] or [height, width, 1, 3 or 4], channels last")
     if array.size == 0:
-        raise InputError(f"{name}: a picture without pixels; expected at least 1x1")
+        raise InputError(f"{name}: expected at least one pixel")
     if np.issubdtype(array.dtype, np.floating):
         array = _float_bytes(array, name, top=1)
     elif array.dtype != np.uint8:
@@ -238,9 +244,10 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def _too_large(name: str, size: str) -> InputError:
+    pillows = Image.MAX_IMAGE_PIXELS  # it raises above twice this; a program may have lowered it
+    limit = MAX_DECODED_PIXELS if pillows is None else min(MAX_DECODED_PIXELS, 2 * pillows)
     return InputError(
-        f"{name}: {size}more than the {Image.MAX_IMAGE_PIXELS or 0:,} pixels that are decoded (a decompression bomb?); "
-        "shrink it first, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        f"{name}: {size} pixels, expected at most {limit} (a decompression bomb?); shrink the picture first"
     )
 
 

@@ -31,6 +31,8 @@ __all__ = [
 MAX_ASPECT_RATIO = 200  # fixed in the reference's smart_resize
 CHANNELS = 3
 _RESCALE_FACTOR = 1 / 255  # of the reference; the released files leave it out
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = 3  # number of PIL.Image.Resampling.BICUBIC, as preprocessor_config.json stores it
 _ROWS_PER_LOOKUP = 128  # patches; an index buffer of this size stays in the cache (twice as fast as all at once)
 
@@ -59,11 +61,11 @@ class ImageProcessorConfig:
 
     min_pixels: int
     max_pixels: int
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    image_mean: tuple[float, float, float]  # per channel, after rescale_factor
-    image_std: tuple[float, float, float]
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    image_mean: tuple[float, float, float] = _CLIP_MEAN  # per channel, after rescale_factor
+    image_std: tuple[float, float, float] = _CLIP_STD
     rescale_factor: float = _RESCALE_FACTOR
 
     @property
@@ -102,16 +104,19 @@ class ImageProcessorConfig:
         """The inverse of `to_dict`, strict.
 
         Raises:
-            ValueError: an unknown or missing key, a value of another type or out of range.
+            KeyError: an unknown or missing key.
+            ValueError: a value of another type or out of range.
         """
         expected = {f.name for f in fields(cls)}
-        if not isinstance(data, dict) or set(data) != expected:
-            got = set(data) if isinstance(data, dict) else set()
-            raise ValueError(f"unknown keys {sorted(got - expected)}, missing keys {sorted(expected - got)}")
+        if not isinstance(data, dict):
+            raise ValueError(f"the image processor is {data!r}, expected an object")
+        if set(data) != expected:
+            raise KeyError(f"got keys {sorted(data)}, expected {sorted(expected)}")
         return _checked(data)
 
     def with_pixels(self, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageProcessorConfig:
-        """The same with other pixel limits; None keeps the checkpoint's.
+        """The same with other pixel limits. None keeps the checkpoint's, or follows where a lone limit passes it:
+        max_pixels below the checkpoint's min_pixels means at most that many.
 
         Raises:
             InputError: not a positive integer, min over max, or max_pixels below one tile of factor × factor.
@@ -123,6 +128,10 @@ class ImageProcessorConfig:
                     changes[name] = _integer(name, value)
                 except ValueError as e:
                     raise InputError(str(e)) from None
+        if "min_pixels" not in changes:
+            changes["min_pixels"] = min(self.min_pixels, changes.get("max_pixels", self.min_pixels))
+        elif "max_pixels" not in changes:
+            changes["max_pixels"] = max(self.max_pixels, changes["min_pixels"])
         out = replace(self, **changes)
         problem = _pixel_problem(out)
         if problem:
@@ -157,11 +166,11 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         InputError: a side of zero, or an aspect ratio over 200.
     """
     if height < 1 or width < 1:
-        raise InputError(f"the picture is {width}x{height} pixels; expected at least 1x1")
+        raise InputError(f"the picture is {width}×{height} pixels; expected at least 1×1")
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
         raise InputError(
-            f"the picture is {width}x{height} pixels, aspect ratio {ratio:.1f}; "
+            f"the picture is {width}×{height} pixels, aspect ratio {ratio:.1f}; "
             f"expected at most {MAX_ASPECT_RATIO}: crop it, or cut it into several pictures"
         )
     resized_h, resized_w = round(height / factor) * factor, round(width / factor) * factor
@@ -203,13 +212,11 @@ def preprocess_frames(
         InputError: no frames, frames of unequal size, and all that `preprocess_image` raises.
     """
     if not frames:
-        raise InputError("a video has no frames; expected at least one picture")
-    for i, frame in enumerate(frames):
-        if frame.size != frames[0].size:
-            raise InputError(
-                f"frame {i} of the video is {frame.width}x{frame.height}, frame 0 is "
-                f"{frames[0].width}x{frames[0].height}; all frames must have one size: resize them first"
-            )
+        raise InputError("frames of a video: got none, expected at least one picture")
+    sizes = sorted({frame.size for frame in frames})
+    if len(sizes) > 1:
+        listed = ", ".join(f"{w}×{h}" for w, h in sizes[:5])
+        raise InputError(f"the frames of a video have sizes {listed}; expected one size: resize them first")
     return _process(frames, config.with_pixels(min_pixels, max_pixels), "frame")
 
 
@@ -217,7 +224,7 @@ def _process(frames: Sequence[Image.Image], config: ImageProcessorConfig, what: 
     """Frames of one size to patches; a picture is a video of one frame, which the padding rule repeats."""
     for frame in frames:
         if frame.mode != "RGB":
-            raise InputError(f"the {what} has mode {frame.mode!r}, expected 'RGB'; pass it through load_image first")
+            raise InputError(f"the {what} mode is {frame.mode}, expected RGB; pass it through load_image first")
     width, height = frames[0].size
     resized_h, resized_w = smart_resize(height, width, config.factor, config.min_pixels, config.max_pixels)
     per_patch = config.temporal_patch_size
@@ -269,7 +276,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path}: not found; a Qwen2-VL checkpoint has preprocessor_config.json: copy it beside config.json"
+            f"{path.parent}: no {path.name}; a Qwen2-VL checkpoint has one: copy it beside config.json"
         ) from None
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: not readable as JSON ({e}); re-download the checkpoint") from None
@@ -353,11 +360,11 @@ def _real(name: str, value: Any, positive: bool) -> float:
 
 
 def _pixel_problem(config: ImageProcessorConfig) -> str | None:
-    if config.min_pixels > config.max_pixels:
-        return f"min_pixels is {config.min_pixels}, max_pixels {config.max_pixels}; expected min_pixels <= max_pixels"
     if config.max_pixels < config.factor**2:
         return (
             f"max_pixels is {config.max_pixels}, expected at least {config.factor**2}: "
-            f"one tile of {config.factor}x{config.factor} pixels"
+            f"one tile of {config.factor}×{config.factor} pixels"
         )
+    if config.min_pixels > config.max_pixels:
+        return f"min_pixels is {config.min_pixels}, max_pixels {config.max_pixels}; expected min_pixels <= max_pixels"
     return None

@@ -10,19 +10,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from checkpoints import DEMO, random_model, save_checkpoint
-from safetensors.numpy import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from edgevl.export import verify
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.export.verify import add_golden, available_memory, host_missing, write_golden
 from edgevl.runtime.bundle import MANIFEST, Bundle, file_sha256
+from edgevl.runtime.engine import Engine
 from edgevl.runtime.errors import BundleError, CheckpointError, InputError
 from edgevl.runtime.golden import COSINE_FLOORS, STAGES, StageResult, VerifyReport, _close, _equal_prefix, replay
 from edgevl.runtime.golden_case import GoldenCase
@@ -63,12 +64,12 @@ class Exports:
         return Path(shutil.copytree(self.bundle(precision, **options), folder / "broken"))
 
 
-def check(folder, engine="ort-cpu"):
+def check(folder: Path, engine: str | Engine = "ort-cpu") -> VerifyReport:
     return replay(Bundle.open(folder), engine, threads=2)
 
 
-def drift(folder, engine="ort-cpu"):
-    """(stage, result) of the first drift."""
+def drift(folder: Path, engine: str | Engine = "ort-cpu") -> str:
+    """The stage of the first drift."""
     report = check(folder, engine)
     assert report.first_drift is not None, "\n".join(r.detail for r in report.results)
     assert not report.passed
@@ -118,11 +119,19 @@ class BrokenGraph:
         return self._graph.run(self._spoil(dict(feeds)), cache)
 
 
-def broken_engine(folder, **spoil):
-    engine = OrtEngine(Bundle.open(folder), threads=2)
-    for role, function in spoil.items():
-        setattr(engine, role, BrokenGraph(getattr(engine, role), function))
-    return engine
+class BrokenEngine:
+    """An engine some of whose graphs are broken: role -> what happens to the inputs."""
+
+    def __init__(self, engine, spoil):
+        self._engine, self._spoil, self.name = engine, spoil, engine.name
+
+    def __getattr__(self, role):
+        graph = getattr(self._engine, role)
+        return BrokenGraph(graph, self._spoil[role]) if role in self._spoil else graph
+
+
+def broken_engine(folder, **spoil) -> Any:
+    return BrokenEngine(OrtEngine(Bundle.open(folder), threads=2), spoil)
 
 
 # ---------------------------------------------------------------- what holds
@@ -186,7 +195,7 @@ def test_untied_head(tmp_path):
 
 def test_golden_answer_is_that_of_transformers_generate(tiny):
     """`generate` caches and positions on its own; the golden answer comes from whole sequences."""
-    model = Qwen2VLForConditionalGeneration.from_pretrained(tiny.checkpoint, dtype=torch.float32)
+    model: Any = Qwen2VLForConditionalGeneration.from_pretrained(tiny.checkpoint, dtype=torch.float32)
     for name in ("text", "picture", "two_pictures", "equal_pictures"):
         case = GoldenCase.load(tiny.bundle("fp32") / f"golden/{name}.safetensors")
         ids = torch.tensor(case.input_ids)[None]
@@ -491,6 +500,25 @@ def test_a_failed_addition_leaves_the_bundle_as_it_was(tiny, tmp_path):
     assert not list(folder.glob(".*"))
 
 
+def test_an_addition_that_breaks_off_leaves_a_bundle_that_opens(tiny, tmp_path):
+    folder = tmp_path / "bundle"
+    export_bundle(tiny.checkpoint, folder, ExportOptions("fp32"))
+    (folder / "golden/text.safetensors").mkdir(parents=True)  # in the way of the third file
+    with pytest.raises(BundleError, match="cannot be written"):
+        add_golden(folder, tiny.checkpoint)
+    assert Bundle.open(folder, verify_hashes=True).files == Bundle.open(folder).files
+    (folder / "golden/text.safetensors").rmdir()
+    add_golden(folder, tiny.checkpoint)
+    assert check(folder).first_drift is None
+
+
+def test_no_case_that_fits_is_an_error(tiny, tmp_path):
+    folder = tmp_path / "bundle"
+    export_bundle(tiny.checkpoint, folder, ExportOptions("fp32", max_tokens=20))
+    with pytest.raises(InputError, match="no golden case fits into 20 tokens"):
+        add_golden(folder, tiny.checkpoint)
+
+
 def test_another_checkpoint_is_refused_by_the_first_field(tiny, demo, tmp_path):
     folder = tiny.copy("fp32", tmp_path)
     with pytest.raises(InputError, match="text hidden_size is 256, in the bundle 64"):
@@ -499,9 +527,10 @@ def test_another_checkpoint_is_refused_by_the_first_field(tiny, demo, tmp_path):
 
 
 def test_prompts_longer_than_the_bundle_takes_are_left_out(tiny, tmp_path):
-    told = []
-    finish = functools.partial(write_golden, source=tiny.checkpoint, notice=told.append)
+    told, seen = [], []
+    finish = functools.partial(write_golden, source=tiny.checkpoint, notice=told.append, progress=seen.append)
     export_bundle(tiny.checkpoint, tmp_path / "bundle", ExportOptions("fp32", max_tokens=60), finish=finish)
+    assert sorted(seen) == list(CASES)
     report = check(tmp_path / "bundle")
     assert report.first_drift is None and {r.case for r in report.results} == {"text", "picture"}
     assert len(told) == 3 and all("exported for 60" in text for text in told)
@@ -554,88 +583,6 @@ assert replay(Bundle.open({str(tiny.bundle("fp32"))!r}), "ort-cpu", threads=1).p
 # ---------------------------------------------------------------- the files
 
 
-def sample_tensors():
-    rng = np.random.default_rng(1)
-    return {
-        "bytes": rng.integers(0, 256, (3, 5, 3), np.uint8),
-        "floats": rng.normal(size=(2, 7)).astype(np.float32),
-        "ids": np.array([1, -2, 1 << 40]),
-        "empty": np.zeros((0, 4), np.float32),
-        "scalar": np.array(7, np.int64),
-    }
-
-
-def test_tensor_files_are_safetensors(tmp_path):
-    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
-    tensors = sample_tensors()
-    write_tensors(ours, tensors, {"name": "ein Fall, žluťoučký"})
-    save_file(tensors, theirs, {"name": "ein Fall, žluťoučký"})
-    read, (again, metadata) = load_file(ours), read_tensors(ours)
-    (other, other_metadata) = read_tensors(theirs)
-    assert metadata == other_metadata == {"name": "ein Fall, žluťoučký"}
-    for name, tensor in tensors.items():
-        for got in (read[name], again[name], other[name]):
-            assert got.dtype == tensor.dtype and got.shape == tensor.shape and (got == tensor).all()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.safetensors", "theirs.safetensors"]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.safetensors"
-    write_tensors(path, {"a": np.zeros(3, np.float32)}, {})
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="float64"):
-        write_tensors(path, {"a": np.zeros(3)}, {})
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def safetensors_bytes(header, data=b""):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
-
-
-def spec(dtype="F32", shape=(2,), begin=0, end=8):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"1234567",
-        (1 << 60).to_bytes(8, "little"),
-        safetensors_bytes(b"{"),
-        safetensors_bytes(b"\xff\xfe"),
-        safetensors_bytes([]),
-        safetensors_bytes({"__metadata__": {"a": 1}}),
-        safetensors_bytes({"__metadata__": "a"}),
-        safetensors_bytes({"a": []}),
-        safetensors_bytes({"a": spec("BF16", (4,))}, bytes(8)),
-        safetensors_bytes({"a": spec(shape=(-2,))}, bytes(8)),
-        safetensors_bytes({"a": spec(shape=(2.0,))}, bytes(8)),
-        safetensors_bytes({"a": spec(shape=(True, 2))}, bytes(8)),
-        safetensors_bytes({"a": spec(shape=(3,))}, bytes(8)),
-        safetensors_bytes({"a": spec()}, bytes(7)),
-        safetensors_bytes({"a": spec()}, bytes(9)),
-        safetensors_bytes({"a": spec(begin=4, end=12)}, bytes(12)),
-        safetensors_bytes({"a": spec(), "b": spec(begin=4, end=12)}, bytes(12)),
-        safetensors_bytes({"a": spec() | {"more": 1}}, bytes(8)),
-        safetensors_bytes({"a": spec() | {"data_offsets": [0, 4, 8]}}, bytes(8)),
-        safetensors_bytes(b'{"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "a": 1}'),
-        safetensors_bytes(b"[" * 100_000),
-    ],
-)
-def test_malformed_tensor_files_are_refused(tmp_path, content):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(BundleError, match="not a safetensors file"):
-        read_tensors(path)
-
-
-def test_a_missing_tensor_file_is_refused(tmp_path):
-    with pytest.raises(BundleError, match="cannot be read"):
-        read_tensors(tmp_path / "a.safetensors")
-
-
 def changed(metadata, tensors, **changes):
     for key, value in changes.items():
         target = metadata if key in metadata else tensors
@@ -679,6 +626,22 @@ def test_a_malformed_golden_file_stops_the_replay(tiny, tmp_path):
     rehash(folder, "golden/text.safetensors")
     with pytest.raises(BundleError, match=r"golden/text\.safetensors: not a safetensors file"):
         check(folder)
+
+
+def test_golden_vectors_of_another_model_stop_the_replay(tiny, demo, tmp_path):
+    folder = tiny.copy("fp32", tmp_path)
+    for name, message in (("text", r"logits|input_ids"), ("picture", "image_embeds")):
+        file = f"golden/{name}.safetensors"
+        own = (folder / file).read_bytes()
+        shutil.copy(demo.bundle("fp32") / file, folder / file)
+        if name == "text":  # the same vocabulary: make it another
+            tensors, metadata = read_tensors(folder / file)
+            write_tensors(folder / file, tensors | {"logits": tensors["logits"][:, :500].copy()}, metadata)
+        rehash(folder, file)
+        with pytest.raises(BundleError, match=rf"{name}\.safetensors: ({message}) .*another model"):
+            check(folder)
+        (folder / file).write_bytes(own)
+        rehash(folder, file)
 
 
 def test_a_case_survives_its_file(tiny, tmp_path):

@@ -1,0 +1,178 @@
+"""The command line as a user meets it: processes, streams and statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Pair
+from PIL import Image
+
+from edgevl.runtime import cli
+
+
+def edgevl(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edgevl.runtime", *map(str, arguments)]
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (112, 84, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_export_verify_run_inspect(tiny: Pair, tmp_path: Path, photo: Path) -> None:
+    bundle = tmp_path / "bundle"
+    done = edgevl("export", tiny.checkpoint, "-o", bundle, "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    assert "decoder    fp32" in done.stdout and "peak memory" in done.stdout and "verified on ort-cpu" in done.stderr
+    assert "\r" not in done.stderr  # no bars when not a terminal
+
+    done = edgevl("verify", bundle)
+    assert done.returncode == 0 and "prefill" in done.stdout and "DRIFTS" not in done.stdout
+
+    done = edgevl("run", bundle, "Read the text.", "--image", photo, "--max-new-tokens", 5, "--stats")
+    assert done.returncode == 0 and "engine: ort-cpu" in done.stderr and "tokens/s" in done.stderr
+    answer = edgevl(
+        "run", bundle, "Read the text.", "--image", photo, "--max-new-tokens", 5, "--json", "--engine", "ort-cpu"
+    )
+    data = json.loads(answer.stdout)
+    assert answer.stderr == "" and data["text"] + "\n" == done.stdout
+    assert data["usage"]["completion_tokens"] == 5 and data["finish_reason"] == "length"
+    assert set(data) >= {"text", "boxes", "usage", "timings", "finish_reason"}
+
+    done = edgevl("inspect", bundle)
+    assert done.returncode == 0 and "image_embeds" in done.stdout and "M-RoPE released" in done.stdout
+    assert json.loads(edgevl("inspect", bundle, "--json").stdout)["schema_version"] == 1
+    listed = json.loads(edgevl("inspect", tiny.checkpoint, "--json").stdout)
+    assert {"name": "model.norm.weight", "dtype": "F32", "shape": [64]} in listed["tensors"]
+    assert "model.norm.weight" in edgevl("inspect", tiny.checkpoint).stdout
+
+
+def test_doctor() -> None:
+    done = edgevl("doctor")
+    assert done.returncode == 0 and "ort-cpu" in done.stdout and "processor" in done.stdout
+    engines = json.loads(edgevl("doctor", "--json").stdout)["engines"]
+    assert [e["usable"] for e in engines] == [True, False, False]
+
+
+def test_chat(tiny: Pair, photo: Path) -> None:
+    script = (
+        f"/help\n/stats\n/image {photo}\nRead the text.\nAnd now?\n/stats\n/undo\nAnd now?\n"
+        "/image absent.png\n/nonsense\n/reset\n/undo\n/quit\nnever\n"
+    )
+    done = edgevl("chat", tiny.bundle, "--max-new-tokens", 4, stdin=script)
+    assert done.returncode == 0, done.stderr
+    assert "/image FILE" in done.stderr and "no answer yet" in done.stderr
+    assert "absent.png: not found" in done.stderr and "/nonsense is unknown" in done.stderr
+    assert "took back the last question" in done.stderr and "nothing to take back" in done.stderr
+    cached = [line for line in done.stderr.splitlines() if "from the cache" in line]
+    assert len(cached) == 1 and ", 0 from the cache" not in cached[0]
+
+
+def test_chat_repeats_itself_after_undo(tiny: Pair) -> None:
+    done = edgevl("chat", tiny.bundle, "--max-new-tokens", 6, stdin="Read the text.\nHow many?\n/undo\nHow many?\n")
+    once = edgevl("chat", tiny.bundle, "--max-new-tokens", 6, stdin="Read the text.\nHow many?\n")
+    assert done.stdout.startswith(once.stdout) and done.returncode == once.returncode == 0
+
+
+BAD = [
+    (["run", "{tmp}/absent", "hi"], "no such folder"),
+    (["run", "{checkpoint}", "hi"], "run `edgevl export` on it first"),
+    (["run", "{bundle}", "hi", "--image", "{tmp}/absent.jpg"], "not found; check the path"),
+    (["run", "{bundle}", "hi", "--image", "{tmp}"], "is a folder"),
+    (["run", "{bundle}", "hi", "--image", "{text}"], "not a picture"),
+    (["run", "{bundle}", "hi", "--video", "{photo}"], "expected a list of pictures or a folder"),
+    (["run", "{bundle}", "hi", "--engine", "abacus"], "engine 'abacus' is unknown"),
+    (["run", "{bundle}", "hi", "--engine", "ort-cuda"], "engine 'ort-cuda' cannot run here"),
+    (["run", "{bundle}", "hi", "--temperature", "-1"], "temperature"),
+    (["run", "{bundle}", "hi", "--max-new-tokens", "0"], "max_new_tokens"),
+    (["run", "{bundle}", "hi", "--max-pixels", "5", "--image", "{photo}"], "max_pixels"),
+    (["run", "{bundle}", "hi", "--capacity", "9"], "the prompt is"),
+    (["run", "{bundle}", "hi", "--draw-boxes", "x.png"], "--draw-boxes needs a picture"),
+    (["run", "{bundle}"], "Missing argument 'PROMPT'"),
+    (["run", "{bundle}", "hi", "--nonsense"], "No such option"),
+    (["nonsense"], "No such command 'nonsense'"),
+    (["export", "{tmp}/absent", "-o", "{tmp}/b"], "absent"),
+    (["export", "{checkpoint}", "-o", "{bundle}"], "exists already"),
+    (["export", "{checkpoint}", "-o", "{tmp}/b", "--precision", "int1"], "precision 'int1' is unknown"),
+    (["export", "{checkpoint}"], "Missing option '-o'"),
+    (["verify", "{tmp}/absent"], "no such folder"),
+    (["inspect", "{tmp}/absent"], "no such folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a)[:60] for a, _ in BAD])
+def test_bad_input_is_one_line_and_status_2(
+    tiny: Pair, tmp_path: Path, photo: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    names = {"tmp": tmp_path, "checkpoint": tiny.checkpoint, "bundle": tiny.bundle, "photo": photo, "text": text}
+    status = cli.run([a.format(**names) for a in arguments])
+    out, err = capfd.readouterr()
+    assert status == 2 and out == "" and "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.startswith("edgevl: error:")]
+    assert len(errors) == 1 and message in errors[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_verify_without_golden_vectors(tiny: Pair) -> None:
+    done = edgevl("verify", tiny.bundle)
+    assert done.returncode == 2 and "--against" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_drift_is_status_1(tiny: Pair, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny.bundle, bundle)
+    assert edgevl("verify", bundle, "--against", tiny.checkpoint).returncode == 0
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["model"]["text"]["rope_theta"] = 100.0  # a host that rotates wrongly
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    done = edgevl("verify", bundle)
+    assert done.returncode == 1 and "prefill" in done.stderr and "DRIFTS" in done.stdout
+
+
+def test_help_shows_examples(capfd: pytest.CaptureFixture[str]) -> None:
+    for command in cli._COMMANDS:
+        assert cli.run([command, "--help"]) == 0
+        assert "Example" in capfd.readouterr().out
+    assert cli.run(["--help"]) == 0 and "doctor" in capfd.readouterr().out
+    assert cli.run(["--version"]) == 0 and "edgevl" in capfd.readouterr().out
+
+
+def test_no_arguments_shows_help() -> None:
+    done = edgevl()
+    assert done.returncode == 2 and "Commands" in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = edgevl("run", tmp_path / "absent", "hi", EDGEVL_DEBUG="1")
+    assert "Traceback" in done.stderr and "BundleError" in done.stderr
+
+
+def test_broken_pipe_is_quiet(tiny: Pair) -> None:
+    command = f"{sys.executable} -m edgevl.runtime inspect {tiny.bundle} | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == "" and done.stdout.startswith("bundle")
+
+
+def test_interrupt_is_130(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgevl.runtime.generation import VisionLanguageModel
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VisionLanguageModel, "open", interrupt)
+    assert cli.run(["run", str(tiny.bundle), "hi"]) == 130
