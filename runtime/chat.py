@@ -91,7 +91,7 @@ class ChatSession:
 def common_prefix(
     cached_ids: np.ndarray, cached: PreparedPrompt | None, prompt: PreparedPrompt, model: VisionLanguageModel
 ) -> int:
-    """How many leading tokens of `prompt` the cache holds already: equal ids, and equal pictures behind placeholders."""
+    """How many leading tokens of `prompt` are cached: equal ids, and equal pictures behind placeholders."""
     if cached is None:
         return 0
     size = min(len(cached_ids), len(prompt.ids))

@@ -31,7 +31,8 @@ def random_config(**text: Any) -> Qwen2VLConfig:
     fields.update(text)
     half = fields["hidden_size"] // fields["num_attention_heads"] // 2
     section = fields.pop("mrope_section", [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8])
-    fields["rope_parameters"] = {"rope_type": "default", "mrope_section": section, "rope_theta": 10000.0}
+    rope = {"rope_type": "default", "mrope_section": section, "rope_theta": 10000.0}
+    fields.setdefault("rope_parameters", rope)
     vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": fields["hidden_size"], "mlp_ratio": 4}
     options: dict[str, Any] = {"tie_word_embeddings": tied, **TOKENS}
     return Qwen2VLConfig(text_config=fields, vision_config=vision, **options)

@@ -44,7 +44,7 @@ class Reference:
         self.placeholders = (model.config.image_token_id, model.config.video_token_id)
 
     def _pixels(self, sources: Sequence) -> tuple[torch.Tensor, torch.Tensor, list[VisionGrid]]:
-        """Pictures, and videos as lists of frames; tests/test_image_processing.py holds these pixels to transformers."""
+        """Of pictures and of videos as lists of frames; test_image_processing.py holds them to transformers."""
         done = []
         for source in sources:
             frames = source if isinstance(source, list) else [source, source]

@@ -30,7 +30,7 @@ def encode(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def values(source: object) -> np.ndarray:
+def values(source: Any) -> np.ndarray:
     image = load_image(source)
     assert image.mode == "RGB"
     return np.asarray(image)

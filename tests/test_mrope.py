@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,7 +244,7 @@ def test_unknown_rule_and_shape():
 
 def text_config(section=(2, 3, 3), theta=1e6, heads=4):
     hidden = sum(section) * 2 * heads
-    hf = random_config(
+    hf: Any = random_config(
         hidden_size=hidden,
         num_attention_heads=heads,
         rope_parameters={"rope_type": "default", "mrope_section": list(section), "rope_theta": theta},
@@ -319,7 +320,9 @@ def _timed(call):
 @pytest.mark.parametrize(("h", "w"), [(2, 2), (4, 6), (10, 4), (2, 40)])
 def test_vision_rows_are_those_of_the_transformers_tower(theirs, h, w):
     tower = theirs.model.visual
-    ids = reference.get_vision_position_ids(torch.tensor([[1, h, w]]), MERGE)
+    ids = reference.get_vision_position_ids(  # pyright: ignore[reportPrivateImportUsage]
+        torch.tensor([[1, h, w]]), MERGE
+    )
     their_cos, their_sin = tower.rotary_pos_emb(torch.zeros(1), ids)
     head_dim = their_cos.shape[-1]
     cos, sin = vision_rotary_rows(h, w, MERGE, head_dim)
