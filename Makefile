@@ -17,7 +17,7 @@ test: $(VENV)/.ready lint wheel
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Built and imported in an environment of its own, without torch.
 wheel: $(VENV)/.ready

@@ -1,0 +1,42 @@
+"""Run by `make wheel` in an environment that holds the wheel and its device-side dependencies alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    for package in ("torch", "transformers", "onnx", "onnx_ir", "safetensors"):
+        if importlib.util.find_spec(package) is not None:
+            raise SystemExit(f"{package} is installed: this environment proves nothing")
+    started = time.perf_counter()
+    import edgevl.runtime
+
+    seconds = time.perf_counter() - started
+    place = Path(edgevl.runtime.__file__).resolve()
+    if "site-packages" not in place.parts:
+        raise SystemExit(f"edgevl came from {place}, not from the wheel")
+    if not (place.parent / "py.typed").exists():
+        raise SystemExit("py.typed is missing from the wheel")
+    from edgevl.runtime import VisionLanguageModel
+
+    for module in ("commands", "golden", "grounding", "chat"):
+        importlib.import_module(f"edgevl.runtime.{module}")
+    command = [str(Path(sys.executable).parent / "edgevl"), "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    if "ort-cpu" not in done.stdout:
+        raise SystemExit(f"doctor says: {done.stdout}")
+    missing = subprocess.run([command[0], "export", "x", "-o", "y"], capture_output=True, text=True, check=False)
+    if missing.returncode != 2 or "edgevl[export]" not in missing.stderr:
+        raise SystemExit(f"export without its extra says: {missing.returncode} {missing.stderr}")
+    size = sum(f.stat().st_size for f in Path(place.parents[2]).rglob("*") if f.is_file()) / 1e6
+    name = VisionLanguageModel.__name__
+    print(f"the wheel imports without torch ({name}, {seconds * 1e3:.0f} ms); with its dependencies {size:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
