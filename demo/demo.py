@@ -64,7 +64,7 @@ def main() -> None:
         model.generate([message(cases[0])], max_new_tokens=2)  # warm-up
         for case in cases:
             answer = model.generate([message(case)], max_new_tokens=64)
-            said, truth = strip_grounding(answer.text), case["truth"]
+            said, truth = strip_grounding(answer.text), strip_grounding(case["truth"])
             correct = said == truth if case["task"] != "where" else overlap(answer, case) > 0.5
             right += correct
             t = answer.timings
@@ -76,9 +76,7 @@ def main() -> None:
                 drawn.append(path)
     headers = ("picture", "question", "answer", "truth", "", "resize ms", "vision ms", "prefill ms", "TTFT ms", "tok/s")
     print(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
-    print(
-        f"\n{right} of {len(cases)} right (a box is right when it overlaps the true one by more than half); {cpu_model()}"
-    )
+    print(f"\n{right} of {len(cases)} right (a box: overlaps the true one by more than half); {cpu_model()}")
     for path in drawn:
         print(f"box drawn to {path.relative_to(HERE.parent)}")
     python = Path(sys.executable).parent

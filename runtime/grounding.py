@@ -1,16 +1,21 @@
-"""Boxes in an answer's text to pixels of the original picture, and drawing them.
+"""Boxes in an answer's text to pixels of the original picture, and drawing them; knows no model and no tokenizer.
 
 Qwen2-VL writes `<|object_ref_start|>name<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>` with coordinates
-0..1000 relative to the picture (Qwen2-VL paper, arXiv:2409.12191, section 2.2). The format names no picture: boxes
-refer to the last one of the prompt. Pillow is needed for drawing only.
+0..1000 relative to the picture (Qwen2-VL paper, arXiv:2409.12191, section 2.2.1). The format names no picture: all
+boxes refer to the last one of the prompt. Pillow is needed for drawing only.
 """
 
 from __future__ import annotations
 
+import colorsys
+import math
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from edgevl.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -18,11 +23,33 @@ if TYPE_CHECKING:
 __all__ = ["Box", "draw_boxes", "parse_boxes", "strip_grounding"]
 
 SCALE = 1000
-_BOX = re.compile(r"<\|box_start\|>\((\d{1,4}),(\d{1,4})\),\((\d{1,4}),(\d{1,4})\)<\|box_end\|>")
-_ITEM = re.compile(r"<\|object_ref_start\|>(?P<label>(?:(?!<\|).)*)<\|object_ref_end\|>|" + _BOX.pattern, re.DOTALL)
-_TOKEN = re.compile(r"<\|(?:object_ref|box|quad)_(?:start|end)\|>")
-# Distinct on light and dark pictures; after Okabe and Ito's palette for all kinds of colour vision.
-_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+SLACK = 1  # a coordinate this far outside 0..SCALE is a rounding of the model's, and is moved to the edge
+# A name (group 1) or what stands between box tokens (group 2); neither may hold another token.
+_ITEM = re.compile(
+    r"<\|object_ref_start\|>((?:(?!<\|).)*)<\|object_ref_end\|>|<\|box_start\|>((?:(?!<\|).)*)<\|box_end\|>", re.DOTALL
+)
+_NUMBER = r"\s*(-?[0-9]{1,4}(?:\.[0-9]{1,6})?)\s*"
+_CORNERS = re.compile(rf"\s*\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)\s*")
+_BETWEEN = re.compile(r"[\s,;、，；]*(?:and\s+|&\s*|和)?")  # may stand between a name and the boxes it covers
+_TOKENS = re.compile(r"(?:<\|(?:object_ref|box|quad)_(?:start|end)\|>)+")
+
+_OPENING, _CLOSING = "([{（「", ".,;:!?)]}。，；：、！？）」"  # no space after, or before, one of these
+
+Corners = tuple[float, float, float, float]
+Pixels = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are the last ones inside
+Colour = tuple[int, int, int]
+
+# After Okabe and Ito's palette, which all kinds of colour vision can tell apart.
+_PALETTE: tuple[Colour, ...] = (
+    (213, 94, 0),
+    (0, 114, 178),
+    (0, 158, 115),
+    (204, 121, 167),
+    (240, 228, 66),
+    (86, 180, 233),
+)
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, never come close: hues after the palette's
+_LABEL_LETTERS = 200  # nobody reads more on a picture
 
 
 @dataclass(frozen=True)
@@ -38,100 +65,186 @@ class Box:
 
 
 def parse_boxes(text: str, image_sizes: Sequence[tuple[int, int]]) -> tuple[Box, ...]:
-    """Every well-formed box of `text`, in order; a name stands for all boxes until the next name.
+    """Every well-formed box of `text`, in order: pixel = coordinate / 1000 × size.
+
+    A name covers the boxes that follow it with nothing but commas, spaces or "and" between; another box has the label
+    "". A box with a token missing, other than four numbers, a coordinate outside 0..1000 (by more than 1, a rounding,
+    which is moved to the edge) or swapped corners is not a box: it stays text. Never raises on any text.
 
     Args:
-        image_sizes: (width, height) in pixels of the prompt's pictures. Without one there are no boxes.
-
-    A box with other than four numbers, a coordinate above 1000 or its corners swapped is not a box: it stays text.
+        image_sizes: (width, height) in pixels of the prompt's original pictures, upright. All boxes are the last
+            one's; without a picture there are no boxes.
     """
     if not image_sizes:
         return ()
     image = len(image_sizes) - 1
     width, height = image_sizes[image]
-    boxes = []
-    for label, (x1, y1, x2, y2) in _items(text):
-        boxes.append(
-            Box(label, x1 * width / SCALE, y1 * height / SCALE, x2 * width / SCALE, y2 * height / SCALE, image)
-        )
-    return tuple(boxes)
+    return tuple(
+        Box(label, x1 * width / SCALE, y1 * height / SCALE, x2 * width / SCALE, y2 * height / SCALE, image)
+        for label, (x1, y1, x2, y2) in _items(text)
+    )
 
 
-def _items(text: str) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-    label = ""
+def _items(text: str) -> Iterator[tuple[str, Corners]]:
+    label, end = "", 0  # end: how far the name, and the boxes it covers, reach
     for match in _ITEM.finditer(text):
-        if match["label"] is not None:
-            label = match["label"].strip()
-        elif (corners := _corners(match.groups()[1:])) is not None:
+        name, inside = match.groups()
+        if name is not None:
+            label = name.strip()
+        elif not _BETWEEN.fullmatch(text, end, match.start()):
+            label = ""
+        end = match.end()
+        if inside is not None and (corners := _corners(inside)) is not None:
             yield label, corners
 
 
-def _corners(numbers: Sequence[str]) -> tuple[int, int, int, int] | None:
-    x1, y1, x2, y2 = map(int, numbers)
-    return (x1, y1, x2, y2) if max(x1, y1, x2, y2) <= SCALE and x1 < x2 and y1 < y2 else None
+def _corners(inside: str) -> Corners | None:
+    match = _CORNERS.fullmatch(inside)
+    if match is None:
+        return None
+    numbers = [float(n) for n in match.groups()]
+    if min(numbers) < -SLACK or max(numbers) > SCALE + SLACK:
+        return None
+    x1, y1, x2, y2 = (min(max(n, 0.0), float(SCALE)) for n in numbers)
+    return (x1, y1, x2, y2) if x1 <= x2 and y1 <= y2 else None
 
 
 def strip_grounding(text: str) -> str:
-    """The text for people: `name (x1,y1),(x2,y2)` without the tokens; what is malformed is left but for its tokens."""
-    spaced = re.sub(r"(<\|object_ref_end\|>)(<\|box_start\|>)", r"\1 \2", text)
-    return _TOKEN.sub("", spaced)
+    """The text for people: `name (x1,y1),(x2,y2)`, coordinates as written (0..1000), without the grounding tokens.
+
+    A box is set off by spaces from the words around it. What is malformed loses its tokens and nothing else.
+    """
+
+    def gap(tokens: re.Match[str]) -> str:
+        before, after = text[max(tokens.start() - 1, 0) : tokens.start()], text[tokens.end() : tokens.end() + 1]
+        apart = not before.strip() or not after.strip() or before in _OPENING or after in _CLOSING
+        return "" if apart or "box_" not in tokens[0] else " "
+
+    return _TOKENS.sub(gap, text)
 
 
-def draw_boxes(image: Image.Image, boxes: Sequence[Box], width: int | None = None) -> Image.Image:
-    """A copy of `image` (RGB) with boxes and their labels, one colour per label.
+def draw_boxes(image: Image.Image, boxes: Sequence[Box], *, width: int | None = None) -> Image.Image:
+    """A copy of `image` (RGB, upright, transparency on white) with the boxes and their labels, a colour per label.
+
+    All `boxes` are drawn, whatever picture they name. Lines have a black or white edge on both sides, labels a
+    filled background, so that they can be seen on any picture. Labels stay inside the picture: too long ones are
+    shortened, and one that has no room at all is left out. Pillow's own font draws them, which has ASCII only:
+    accents are dropped, and letters of other scripts show as an empty rectangle.
 
     Args:
-        width: of the lines in pixels; by default it grows with the picture. Lines have a dark and a light edge and
-            labels a filled background, so that both can be seen on any picture.
+        width: of the lines in pixels; by default lines and letters grow with the picture.
+
+    Raises:
+        InputError: a width below 1.
     """
     from PIL import ImageDraw, ImageFont
 
-    canvas = image.convert("RGB")
-    if canvas is image:
-        canvas = image.copy()
-    draw = ImageDraw.Draw(canvas)
-    line = max(1, round(max(canvas.size) / 300)) if width is None else width
-    font = ImageFont.load_default(max(10, round(max(canvas.size) / 35)))
-    labels = list(dict.fromkeys(b.label for b in boxes))
-    for box in boxes:
-        colour = _COLOURS[labels.index(box.label) % len(_COLOURS)]
-        corners = _inside(box, canvas.size)
-        # A white halo, then the colour: one of the two differs from whatever lies below.
-        draw.rectangle(_grown(corners, line, canvas.size), outline="white", width=line * 3)
-        draw.rectangle(corners, outline=colour, width=line)
-    for box in boxes:
-        if box.label:
-            colour = _COLOURS[labels.index(box.label) % len(_COLOURS)]
-            _label(draw, box.label, _inside(box, canvas.size), canvas.size, colour, font, line)
+    if width is not None and width < 1:
+        raise InputError(f"lines of width {width}; expected at least 1 pixel, or None to follow the picture's size")
+    canvas = _upright_rgb(image)
+    side = math.sqrt(canvas.width * canvas.height)
+    line = max(1, round(side / 250)) if width is None else width
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(10, round(side / 36)))
+    labels = {label: i for i, label in enumerate(dict.fromkeys(b.label for b in boxes))}
+    outlines = [_outline(box, canvas.size, line) for box in boxes]
+    for box, outline in zip(boxes, outlines):
+        colour, edge = _colour(labels[box.label]), max(1, line // 2)
+        _ring(draw, _grown(outline, edge), line + 2 * edge, _against(colour))
+        _ring(draw, outline, line, colour)
+    taken: list[Pixels] = []
+    for box, outline in zip(boxes, outlines):
+        pad = max(2, line)
+        text = _shortened(_drawable(box.label), font, canvas.width - 2 * pad)
+        if text and (place := _place(outline, _extent(text, font, pad), canvas.size, taken)) is not None:
+            taken.append(place)
+            colour = _colour(labels[box.label])
+            draw.rectangle(place, fill=colour)
+            draw.text((place[0] + pad, place[1] + pad // 2), text, fill=_against(colour), font=font)
     return canvas
 
 
-def _inside(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    x1, x2 = (min(max(round(x), 0), size[0] - 1) for x in (box.x1, box.x2))
-    y1, y2 = (min(max(round(y), 0), size[1] - 1) for y in (box.y1, box.y2))
-    return x1, y1, max(x1, x2), max(y1, y2)
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """A new RGB image; `load_image`'s pictures are this already, others may be turned or transparent."""
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    rgba = upright.convert("RGBA")
+    canvas = Image.new("RGB", rgba.size, "white")
+    canvas.paste(rgba, mask=rgba.getchannel("A"))
+    return canvas
 
 
-def _grown(c: tuple[int, int, int, int], by: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    return max(c[0] - by, 0), max(c[1] - by, 0), min(c[2] + by, size[0] - 1), min(c[3] + by, size[1] - 1)
+def _outline(box: Box, size: tuple[int, int], line: int) -> Pixels:
+    """Outer edge of the line, centred on the box's edge; at the picture's edge the whole line stays inside."""
+    left, top = (min(max(round(v) - line // 2, 0), n - 1) for v, n in zip((box.x1, box.y1), size))
+    right, bottom = (min(max(round(v) - 1 + line // 2, 0), n - 1) for v, n in zip((box.x2, box.y2), size))
+    return left, top, max(left, right), max(top, bottom)
 
 
-def _label(
-    draw: ImageDraw.ImageDraw,
-    text: str,
-    corners: tuple[int, int, int, int],
-    size: tuple[int, int],
-    colour: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    line: int,
-) -> None:
-    """Above the box where there is room, else inside it; never beyond the picture where it can fit."""
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    pad = max(2, line)
-    width, height = round(right - left) + 2 * pad, round(bottom - top) + 2 * pad
-    x = max(0, min(corners[0], size[0] - width))
-    y = corners[1] - height - line
-    if y < 0:
-        y = min(corners[1] + line, max(0, size[1] - height))
-    draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
-    draw.text((x + pad - left, y + pad - top), text, fill="white", font=font)
+def _grown(p: Pixels, by: int) -> Pixels:
+    return p[0] - by, p[1] - by, p[2] + by, p[3] + by
+
+
+def _ring(draw: ImageDraw.ImageDraw, p: Pixels, line: int, colour: Colour) -> None:
+    """The outermost `line` pixels of `p`; a thicker line than half of it would be drawn beyond it by Pillow."""
+    draw.rectangle(p, outline=colour, width=min(line, (min(p[2] - p[0], p[3] - p[1]) + 2) // 2))
+
+
+def _colour(index: int) -> Colour:
+    if index < len(_PALETTE):
+        return _PALETTE[index]
+    hue = (index - len(_PALETTE)) * _GOLDEN % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, 1, 0.85 if index % 2 else 0.6)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _luminance(colour: Colour) -> float:
+    """Relative luminance, 0..1 (WCAG 2.1)."""
+    red, green, blue = (c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _against(colour: Colour) -> Colour:
+    """Black or white, whichever has the higher contrast ratio (L1 + 0.05) / (L2 + 0.05) (WCAG 2.1): at least 4.5, so
+    whatever lies below, one of the two can be told from it."""
+    return (0, 0, 0) if _luminance(colour) + 0.05 > math.sqrt(1.05 * 0.05) else (255, 255, 255)
+
+
+def _drawable(label: str) -> str:
+    """On one line, without accents (é as e)."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", label) if not unicodedata.combining(c))
+    return " ".join(plain.split())
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
+    """`text`, or as much of its beginning with an ellipsis as is at most `room` pixels wide; "" where nothing fits."""
+    if len(text) <= _LABEL_LETTERS and font.getlength(text) <= room:
+        return text
+    text = text[:_LABEL_LETTERS]
+    while text and font.getlength(text + "…") > room:
+        text = text[:-1].rstrip()
+    return text + "…" if text else ""
+
+
+def _extent(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, pad: int) -> tuple[int, int]:
+    """Width and height of a label; the height is the same for all texts, with or without descenders."""
+    bottom = font.getbbox("Agjlpy|")[3]  # below the point where the text is drawn
+    return math.ceil(font.getlength(text)) + 2 * pad, math.ceil(bottom) + 2 * (pad // 2)
+
+
+def _place(outline: Pixels, extent: tuple[int, int], size: tuple[int, int], taken: Sequence[Pixels]) -> Pixels | None:
+    """Above the box, inside at its top, below it, inside at its bottom: the first that is inside the picture and on
+    no other label, else the first inside the picture. None where the label is larger than the picture."""
+    (left, top, _, bottom), (width, height) = outline, extent
+    if width > size[0] or height > size[1]:
+        return None
+    x = min(left, size[0] - width)
+    rows = [y for y in (top - height, top, bottom + 1, bottom + 1 - height) if 0 <= y <= size[1] - height]
+    places = [(x, y, x + width - 1, y + height - 1) for y in rows or [size[1] - height]]
+    return next((p for p in places if not any(_overlap(p, t) for t in taken)), places[0])
+
+
+def _overlap(a: Pixels, b: Pixels) -> bool:
+    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]

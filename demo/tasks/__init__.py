@@ -1,0 +1,18 @@
+"""Tasks with pictures, questions, truths and scores: one yardstick for calibration, fidelity, benchmarks and tests."""
+
+from edgevl.tasks.cases import MAX_PIXELS, SPLITS, TASKS, Case, Task
+from edgevl.tasks.scoring import Score, character_error, edit_distance, iou, parse_box, wilson
+
+__all__ = [
+    "MAX_PIXELS",
+    "SPLITS",
+    "TASKS",
+    "Case",
+    "Score",
+    "Task",
+    "character_error",
+    "edit_distance",
+    "iou",
+    "parse_box",
+    "wilson",
+]
