@@ -27,7 +27,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from edgevl.runtime.bundle import Bundle
-from edgevl.runtime.doctor import cpu_flags, cpu_model, machine
+from edgevl.runtime.doctor import cpu_flags, cpu_model, machine, peak_rss_bytes
+from edgevl.runtime.errors import EdgeVLError
 
 __all__ = ["Workload", "main"]
 
@@ -63,26 +64,25 @@ class Result:
 # ---------------------------------------------------------------------- inside a process
 
 
-def _peak_mb() -> float:
-    """Peak resident memory of this process in MB (10^6 bytes). Not ru_maxrss: that one is inherited on Linux."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-
-
 def _messages(model: Any, work: Workload, picture: Image.Image) -> list[dict[str, Any]]:
     """A question about `picture` whose prompt has exactly `prompt_tokens` tokens."""
+
+    def messages(image: Any, words: int) -> list[dict[str, Any]]:
+        # A system prompt of its own: the template's default one is of different length in every tokenizer.
+        content = [{"type": "image", "image": image}, {"type": "text", "text": " ".join(["a"] * words)}]
+        return [{"role": "system", "content": "a"}, {"role": "user", "content": content}]
+
     encoded = model.encode_image(picture)
-    size = 0
-    for words in range(work.prompt_tokens):
-        text = " ".join(["a"] * words)
-        messages = [{"role": "user", "content": [{"type": "image", "image": encoded}, {"type": "text", "text": text}]}]
-        size = len(model.prepare(messages).ids)
-        if size == work.prompt_tokens:
-            content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
-            return [{"role": "user", "content": content}]
-        if size > work.prompt_tokens:
+    shortest = len(model.prepare(messages(encoded, 1)).ids)
+    for words in range(1, work.prompt_tokens):
+        size = len(model.prepare(messages(encoded, words)).ids)
+        if size >= work.prompt_tokens:
             break
-    raise click.ClickException(f"the prompt cannot have {work.prompt_tokens} tokens: the picture alone needs {size}")
+    if size != work.prompt_tokens:
+        raise click.ClickException(
+            f"the prompt cannot have {work.prompt_tokens} tokens: the picture and one word need {shortest}"
+        )
+    return messages(picture, words)
 
 
 def _measure_bundle(path: str, work: Workload) -> Result:
@@ -95,7 +95,7 @@ def _measure_bundle(path: str, work: Workload) -> Result:
     rows: list[Any] = []
     messages = _messages(model, work, work.picture(0))
     for i in range(work.requests + 1):
-        messages[0]["content"][0]["image"] = work.picture(i)
+        messages[-1]["content"][0]["image"] = work.picture(i)
         rows.append(model.generate(messages, max_new_tokens=work.new_tokens, eos_token_ids=(-1,)).timings)
     rows = rows[1:]
     result.measured |= {
@@ -103,7 +103,7 @@ def _measure_bundle(path: str, work: Workload) -> Result:
         "prefill_s": [t.prefill_s for t in rows],
         "ttft_s": [t.first_token_s for t in rows],
         "decode_tokens_per_s": [t.tokens_per_s for t in rows],
-        "peak_mb": [_peak_mb()],
+        "peak_mb": [peak_rss_bytes() / 1e6],
     }
     return result
 
@@ -170,7 +170,7 @@ def _measure_transformers(checkpoint: str, bundle: str, work: Workload) -> Resul
             result.measured["ttft_s"].append(clock.times[0] - began)
             rate = (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])
             result.measured["decode_tokens_per_s"].append(rate)
-    result.measured["peak_mb"] = [_peak_mb()]
+    result.measured["peak_mb"] = [peak_rss_bytes() / 1e6]
     return result
 
 
@@ -262,13 +262,18 @@ def summary(results: list[list[Result]], baseline: int | None) -> str:
 @click.option("--json", "json_path", help="Write all results as JSON lines.")
 def main(checkpoint: str, bundles: tuple[str, ...], **options: Any) -> None:
     """Measure BUNDLES beside transformers (bf16, sdpa) on CHECKPOINT."""
-    width, height = (int(x) for x in options["size"].lower().split("x"))
+    try:
+        width, height = (int(x) for x in options["size"].lower().split("x"))
+        for bundle in bundles:
+            Bundle.open(bundle)
+    except ValueError:
+        raise click.UsageError(f"size {options['size']!r}: expected WIDTHxHEIGHT, such as 448x448") from None
+    except EdgeVLError as e:
+        raise click.UsageError(str(e)) from None
     cores = tuple(sorted(os.sched_getaffinity(0))[: options["threads"]])
     work = Workload(
         width, height, options["prompt_tokens"], options["new_tokens"], options["requests"], options["threads"], cores
     )
-    for bundle in bundles:
-        Bundle.open(bundle)
     contenders = [("bundle", b) for b in bundles]
     if not options["no_transformers"]:
         contenders.insert(0, ("transformers", checkpoint))

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from edgevl.export.graph import DataFile
 from edgevl.export.precision import Precision, decoder_precision, vision_precision
 from edgevl.export.vision_encoder import write_vision_encoder
 from edgevl.runtime.bundle import MANIFEST, Bundle, FileEntry, GraphEntry, file_sha256
+from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, InputError
 from edgevl.runtime.graph_spec import decoder_spec, vision_spec
 from edgevl.runtime.image_processing import ImageProcessorConfig
@@ -122,7 +121,7 @@ def export_bundle(
             manifest = folder / MANIFEST
             manifest.write_text(_json(bundle.manifest()), encoding="utf-8")
     parts = tuple(_part_reports(target, bundle))
-    return ExportReport(target, parts, time.monotonic() - started, _peak_rss())
+    return ExportReport(target, parts, time.monotonic() - started, peak_rss_bytes())
 
 
 def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:
@@ -222,9 +221,14 @@ def _partial_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        if overwrite and target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
+        if overwrite and target.exists():  # moved aside first, so that no moment has a damaged bundle at `target`
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old)
+        else:
+            partial.rename(target)
     except OSError as e:
         shutil.rmtree(partial, ignore_errors=True)
         if e.errno == errno.ENOSPC:
@@ -280,12 +284,6 @@ def _part_reports(folder: Path, bundle: Bundle) -> Iterator[PartReport]:
         yield PartReport(part, precision, sizes.pop(part))
     for part, size in sorted(sizes.items()):
         yield PartReport(part, "", size)
-
-
-def _peak_rss() -> int:
-    """Largest resident set of this process so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _json(data: dict[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""What this machine is, as far as an engine cares: processor, instruction sets, memory, package versions."""
+"""What this machine is, as far as an engine cares: processor, instruction sets, memory, package versions; and what
+this process has used of it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from edgevl.runtime.engine import usable_cores
 
-__all__ = ["cpu_flags", "cpu_model", "machine"]
+__all__ = ["cpu_flags", "cpu_model", "machine", "peak_rss_bytes"]
 
 # What decides int8 and bf16 speed on x86 and ARM.
 _FLAGS = (
@@ -72,3 +73,17 @@ def machine() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return facts
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far. Not ru_maxrss where it can be helped: Linux hands that one on from
+    the process that started this one."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

@@ -176,3 +176,12 @@ def test_interrupt_is_130(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(VisionLanguageModel, "open", interrupt)
     assert cli.run(["run", str(tiny.bundle), "hi"]) == 130
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux hands ru_maxrss on; others do not")
+def test_peak_memory_is_this_process_own() -> None:
+    """Linux's ru_maxrss is inherited by a process that a large one starts; the exported table must not show that."""
+    code = "from edgevl.runtime.doctor import peak_rss_bytes; print(peak_rss_bytes())"
+    large = f"x = bytearray(400_000_000); import os, sys; os.execv(sys.executable, [sys.executable, '-c', {code!r}])"
+    done = subprocess.run([sys.executable, "-c", large], capture_output=True, text=True, check=True)
+    assert 5e6 < int(done.stdout) < 2e8

@@ -198,6 +198,29 @@ def test_existing_output(tiny: Pair, tmp_path: Path) -> None:
         export_bundle(tiny.checkpoint, tmp_path / "absent" / "b")
 
 
+def test_overwrite_is_a_swap(tiny: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old bundle is whole until the new one is: it is renamed, never emptied in place. What a kill between the two
+    renames leaves behind, the next export removes."""
+    target = tmp_path / "b"
+    export_bundle(tiny.checkpoint, target, ExportOptions(precision="fp32"))
+    removed: list[str] = []
+    rmtree = shutil.rmtree
+
+    def watched(path: Path, **options: bool) -> None:
+        if Path(path).exists():
+            removed.append(Path(path).name)
+            assert Bundle.open(target).files
+        rmtree(path, **options)
+
+    (tmp_path / ".b.old").mkdir()
+    (tmp_path / ".b.partial").mkdir()
+    monkeypatch.setattr(exporter.shutil, "rmtree", watched)
+    export_bundle(tiny.checkpoint, target, overwrite=True)
+    assert removed == [".b.partial", ".b.old", ".b.old"]
+    assert Bundle.open(target).precision == "vision int8, decoder int4"
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
 def test_failed_overwrite_keeps_the_old_bundle(tiny: Pair, tmp_path: Path) -> None:
     target = tmp_path / "b"
     export_bundle(tiny.checkpoint, target, ExportOptions(precision="fp32"))
