@@ -1,4 +1,7 @@
-"""`make demo`: export the small trained checkpoint, run it on pictures, and show what it says and how long it took."""
+"""`make demo`: export the small trained checkpoint, run it on pictures, and show what it says and how long it took.
+
+python demo/demo.py [FOLDER]    (FOLDER: where the bundle goes, out/demo by default)
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,13 @@ from edgevl.runtime.doctor import cpu_model
 from edgevl.runtime.grounding import draw_boxes, strip_grounding
 from edgevl.runtime.image_loading import load_image
 
-HERE = Path(__file__).parent
-OUT = HERE.parent / "out" / "demo"
+HERE = Path(__file__).resolve().parent
+OUT = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else HERE.parent / "out" / "demo"
+
+
+def short(path: Path) -> Path:
+    """The path as a person in the repository would type it."""
+    return path.relative_to(HERE.parent) if path.is_relative_to(HERE.parent) else path
 
 
 def message(case: dict) -> dict:
@@ -57,7 +65,7 @@ def main() -> None:
     print("A Qwen2-VL of 6 million parameters, trained for this demo (demo/README.md); precision int8.")
     report = export_bundle(HERE / "model", OUT / "bundle", ExportOptions(precision="int8"))
     size = sum(p.nbytes for p in report.parts) / 1e6
-    print(f"exported demo/model to {OUT.relative_to(HERE.parent)}/bundle: {size:.1f} MB in {report.seconds:.1f} s\n")
+    print(f"exported demo/model to {short(OUT)}/bundle: {size:.1f} MB in {report.seconds:.1f} s\n")
     cases = json.loads((HERE / "pictures" / "cases.json").read_text(encoding="utf-8"))
     rows, drawn, right = [], [], 0
     with VisionLanguageModel.open(OUT / "bundle", "ort-cpu") as model:
@@ -78,13 +86,12 @@ def main() -> None:
     print(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
     print(f"\n{right} of {len(cases)} right (a box: overlaps the true one by more than half); {cpu_model()}")
     for path in drawn:
-        print(f"box drawn to {path.relative_to(HERE.parent)}")
-    python = Path(sys.executable).parent
-    command = (python / "edgevl").relative_to(HERE.parent) if python.is_relative_to(HERE.parent) else "edgevl"
+        print(f"box drawn to {short(path)}")
+    command = short(Path(sys.executable).parent / "edgevl")
     print(f"""
 {time.perf_counter() - started:.1f} s in all. Try next:
-  {command} run out/demo/bundle "Read the text." --image demo/pictures/{cases[0]["pictures"][0]} --stats
-  {command} chat out/demo/bundle
+  {command} run {short(OUT)}/bundle "Read the text." --image demo/pictures/{cases[0]["pictures"][0]} --stats
+  {command} chat {short(OUT)}/bundle
   {command} export Qwen/Qwen2-VL-2B-Instruct -o out/2b --precision hybrid   (a checkpoint folder, or a hub id)""")
 
 

@@ -206,11 +206,11 @@ def test_overwrite_is_a_swap(tiny: Pair, tmp_path: Path, monkeypatch: pytest.Mon
     removed: list[str] = []
     rmtree = shutil.rmtree
 
-    def watched(path: Path, **options: bool) -> None:
+    def watched(path: Path, ignore_errors: bool = False) -> None:
         if Path(path).exists():
             removed.append(Path(path).name)
             assert Bundle.open(target).files
-        rmtree(path, **options)
+        rmtree(path, ignore_errors=ignore_errors)
 
     (tmp_path / ".b.old").mkdir()
     (tmp_path / ".b.partial").mkdir()

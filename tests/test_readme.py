@@ -1,0 +1,128 @@
+"""The README's commands, run, and their output held against what it shows.
+
+A block marked `console` holds commands after `$ ` with their output; `python` blocks run as they are. Times, sizes and
+processor names differ from machine to machine: in lines that hold one, numbers are not compared.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHECKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("demo/**/README.md")]
+# A figure with a unit that depends on the machine or the day.
+MEASURED = re.compile(r"\d ?(ms|s|MB|tokens/s|tok/s)\b|_s\"|processor|memory|seconds|EPYC|Xeon|python +3")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(command, the output that is shown) of every console block."""
+    for block in blocks("console"):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            while command.endswith("\\"):
+                more, _, output = output.partition("\n")
+                command = command[:-1] + more
+            yield command, output
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the repository after `make demo`, where commands may write."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "demo").symlink_to(ROOT / "demo")
+    run(f"{sys.executable} demo/demo.py out/demo", folder)
+    return folder
+
+
+def run(command: str, folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
+    return done.stdout + done.stderr
+
+
+def comparable(text: str) -> list[str]:
+    """Lines without what differs between machines: numbers of measured lines, spaces and rules of tables."""
+    lines = []
+    for line in text.splitlines():
+        line = re.sub(r"\d[\d.,]*", "#", line) if MEASURED.search(line) else line
+        line = " ".join(re.sub(r"-{3,}", "", line).split())
+        if line:
+            lines.append(line)
+    return lines
+
+
+def test_there_are_commands() -> None:
+    found = [command for command, _ in commands()]
+    for name in ("demo/demo.py", "edgevl run", "edgevl chat", "edgevl export", "edgevl verify", "edgevl inspect"):
+        assert any(name in command for command in found), name
+
+
+@pytest.mark.parametrize(("command", "shown"), [c for c in commands() if "demo.py" not in c[0]])
+def test_console_blocks(place: Path, command: str, shown: str) -> None:
+    printed = comparable(run(command, place))
+    expected = comparable(shown)
+    if "..." in expected:  # the middle of a long output is left out
+        at = expected.index("...")
+        assert printed[:at] == expected[:at]
+        assert printed[len(printed) - (len(expected) - at - 1) :] == expected[at + 1 :]
+    else:
+        assert printed == expected
+
+
+def test_the_demo_says_what_is_shown(place: Path) -> None:
+    """The same pictures and questions, and as many right answers but one: near ties fall otherwise on other processors."""
+    (shown,) = [output for command, output in commands() if "demo.py" in command]
+    printed = run(f"{sys.executable} demo/demo.py out/again", place)
+    names = re.compile(r"^(\S+(?:\.png|motion)?)  +(\S.*?)(?:  |$)", re.MULTILINE)
+    assert names.findall(printed)[:10] == names.findall(shown)[:10]
+    right = [re.search(r"(\d+) of (\d+) right", text) for text in (printed, shown)]
+    assert right[0] and right[1] and right[0][2] == right[1][2]
+    assert abs(int(right[0][1]) - int(right[1][1])) <= 1
+    drawn = re.findall(r"box drawn to (\S+)", printed)
+    assert len(drawn) == len(re.findall(r"box drawn to", shown)) >= 1
+    assert all((place / "out" / "again" / Path(d).name).exists() for d in drawn)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks(place: Path, code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("red", "stop", "tokens came from the cache"):
+        assert word in done.stdout
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in CHECKED:
+        for name in re.findall(r"`?make ([a-z][a-z-]*)`", path.read_text()) + re.findall(
+            r"^make ([a-z-]+)", path.read_text(), re.MULTILINE
+        ):
+            assert name in targets, (path, name)
+
+
+def test_links_lead_somewhere() -> None:
+    for path in CHECKED:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), (path, target)
+
+
+def test_no_machine_is_named() -> None:
+    """Documents hold no path of the machine that they were written on."""
+    for path in [*CHECKED, ROOT / "benchmarks" / "LOG.md"]:
+        assert not re.search(r"/(root|home|work|tmp)/", path.read_text(encoding="utf-8")), path
