@@ -5,7 +5,7 @@ DEMO_VENV ?= .venv-demo
 BIN = $(VENV)/bin
 PIP = install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench wheel demo-model clean
 
 # The main job on real input; installs no torch.
 demo: $(DEMO_VENV)/.ready
@@ -29,6 +29,15 @@ wheel: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m edgevl.benchmarks.latency
+
+# Trains demo/model again, from the first weights of the repository's history: hours (demo/training/README.md).
+FIRST_WEIGHTS = 3f22e1e3d178c0135bcc129cd8543b73fbf77365
+demo-model: $(VENV)/.ready
+	mkdir -p out/demo-model/start
+	git cat-file blob $(FIRST_WEIGHTS) > out/demo-model/start/model.safetensors
+	$(BIN)/python -m demo.training.train out/demo-model --from out/demo-model/start
+	$(BIN)/python -m demo.training.export out/demo-model out/demo-model/model
+	$(BIN)/python -m demo.training.evaluate out/demo-model/model --out out/demo-model/eval.json --verify 72
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -67,7 +67,7 @@ class ChatSession:
         model = self._model
         config = model.generation_config(**generation)
         content: list[dict[str, Any]] = [{"type": "image", "image": model.encode_image(i)} for i in images]
-        content += [{"type": "video", "video": v} for v in videos]
+        content += [{"type": "video", "video": model.encode_video(v)} for v in videos]  # kept encoded for later turns
         question = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
         prompt = model.prepare([*self.messages, question])
         if self._decoder is None:

@@ -138,6 +138,10 @@ class VisionLanguageModel:
         messages, so that asking twice about one picture encodes it once."""
         return self._vision.encode(VisionInput("image", image, {"min_pixels": min_pixels, "max_pixels": max_pixels}))
 
+    def encode_video(self, video: Any, min_pixels: int | None = None, max_pixels: int | None = None) -> EncodedImage:
+        """Like `encode_image`, for the frames of a video: a list of pictures or a folder of them."""
+        return self._vision.encode(VisionInput("video", video, {"min_pixels": min_pixels, "max_pixels": max_pixels}))
+
     def generation_config(self, **overrides: Any) -> GenerationConfig:
         """The checkpoint's sampling defaults with `overrides` (fields of GenerationConfig) on top."""
         overrides.setdefault("eos_token_ids", self.config.tokens.eos_token_ids)

@@ -85,7 +85,7 @@ def test_console_blocks(place: Path, command: str, shown: str) -> None:
 
 
 def test_the_demo_says_what_is_shown(place: Path) -> None:
-    """The same pictures and questions, and as many right answers but one: near ties fall otherwise on other processors."""
+    """The same pictures and questions, and as many right answers but one: near ties differ by processor."""
     (shown,) = [output for command, output in commands() if "demo.py" in command]
     printed = run(f"{sys.executable} demo/demo.py out/again", place)
     names = re.compile(r"^(\S+(?:\.png|motion)?)  +(\S.*?)(?:  |$)", re.MULTILINE)
