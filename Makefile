@@ -5,14 +5,28 @@ DEMO_VENV ?= .venv-demo
 BIN = $(VENV)/bin
 PIP = install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench wheel demo-model clean
+.PHONY: demo test oldest lint bench wheel demo-model clean
 
 # The main job on real input; installs no torch.
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/python demo/demo.py
 
-test: $(VENV)/.ready lint wheel
+test: $(VENV)/.ready lint wheel oldest
 	$(BIN)/python -m pytest -n auto tests
+
+# JetPack 6 has Python 3.10: where that interpreter is found, the tests that need no oracle run on it too, and a demo.
+OLDEST = $(firstword $(shell for p in python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python); do \
+	$$p -c 'import venv' 2>/dev/null && echo $$p; done))
+OLDEST_TESTS = formats grounding image_loading tasks tensor_file
+oldest:
+ifeq ($(OLDEST),)
+	@echo "python3.10 is not here: its tests are left out"
+else
+	test -d .venv-oldest || $(OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/pip $(PIP) pytest hypothesis qwen_vl_utils -e ".[ort,export]"
+	.venv-oldest/bin/python -m pytest --noconftest $(OLDEST_TESTS:%=tests/test_%.py)
+	.venv-oldest/bin/python demo/demo.py out/oldest > /dev/null
+endif
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -52,4 +66,4 @@ $(DEMO_VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-wheel dist build out
+	rm -rf .venv .venv-demo .venv-wheel .venv-oldest dist build out
