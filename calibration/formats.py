@@ -6,7 +6,8 @@ A linear layer's weight is `[out, in]` = `[N, K]`. Two families:
   columns; packed as ONNX Runtime's MatMulNBits wants it.
 * channels (W8A8): `w = code * scale[n]`, symmetric int8.
 
-Everything here is round-to-nearest; calibrated codes arrive in the same structures.
+Rounding here is round-to-nearest; calibrated codes, and those of checkpoints that others quantized
+(edgevl.calibration.packing), arrive in the same structures.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ __all__ = [
     "BlockQuantized",
     "ChannelQuantized",
     "dequantize_blocks",
+    "explicit_zero_points",
     "pack_codes",
     "pack_zero_points",
     "quantize_blocks",
     "quantize_channels",
+    "split_blocks",
 ]
 
 Float = npt.NDArray[np.float32]
@@ -31,20 +34,29 @@ Float = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class BlockQuantized:
-    """Codes of one weight `[N, K]` cut into blocks along K (the last block padded with the code of zero)."""
+    """Codes of one weight `[N, K]` cut into blocks along K (the last block padded with the code of zero).
+
+    A block may be of any size, up to the whole row. With `order` (activation order without static groups) a block
+    holds columns that do not lie side by side: position j of a row is column `order[j]` of the weight.
+    """
 
     codes: npt.NDArray[np.uint8]  # [N, blocks, block_size], 0 .. 2^bits - 1
     scales: Float  # [N, blocks]
     zero_points: npt.NDArray[np.uint8] | None  # [N, blocks]; None: 2^(bits-1) everywhere
     bits: int
     columns: int  # K
+    order: npt.NDArray[np.int64] | None = None  # [K]; None: as they lie
+
+    @property
+    def block_size(self) -> int:
+        return self.codes.shape[2]
 
 
 @dataclass(frozen=True)
 class ChannelQuantized:
     """Symmetric int8 codes with one scale per output channel."""
 
-    codes: npt.NDArray[np.int8]  # [N, K], -127 .. 127
+    codes: npt.NDArray[np.int8]  # [N, K], -127 .. 127 (from other tools also -128)
     scales: Float  # [N]
 
 
@@ -85,7 +97,37 @@ def dequantize_blocks(q: BlockQuantized) -> Float:
     """The float32 weight [N, K] that `q` stands for."""
     zero = np.float32(2 ** (q.bits - 1)) if q.zero_points is None else q.zero_points.astype(np.float32)[..., None]
     w = (q.codes.astype(np.float32) - zero) * q.scales[..., None]
-    return w.reshape(w.shape[0], -1)[:, : q.columns]
+    w = w.reshape(w.shape[0], -1)[:, : q.columns]
+    return w if q.order is None else w[:, np.argsort(q.order)]
+
+
+def explicit_zero_points(q: BlockQuantized) -> npt.NDArray[np.uint8]:
+    """[N, blocks] zero points, written out where `q` leaves them to the default."""
+    return np.full(q.scales.shape, 2 ** (q.bits - 1), np.uint8) if q.zero_points is None else q.zero_points
+
+
+def split_blocks(q: BlockQuantized, block_size: int) -> BlockQuantized:
+    """The same weight in smaller blocks, exactly: every block's scale and zero point are repeated for its parts.
+
+    `block_size` divides the block size of `q`, or `q` has one block: then the last part is padded. (One block may also
+    become one larger block.)
+    """
+    rows, blocks, size = q.codes.shape
+    if size % block_size and blocks != 1:
+        raise ValueError(f"block_size is {block_size}, expected a divisor of {size}")
+    count = -(-q.columns // block_size)
+    repeats = count if blocks == 1 else size // block_size
+    zero = np.repeat(explicit_zero_points(q), repeats, 1)[:, :count]
+    codes = np.repeat(zero, block_size, 1)  # the padding
+    codes[:, : q.columns] = q.codes.reshape(rows, -1)[:, : q.columns]
+    return BlockQuantized(
+        codes.reshape(rows, count, block_size),
+        np.repeat(q.scales, repeats, 1)[:, :count],
+        None if q.zero_points is None else zero,
+        q.bits,
+        q.columns,
+        q.order,
+    )
 
 
 def pack_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:

@@ -11,7 +11,15 @@ import click
 from tabulate import tabulate
 from tqdm import tqdm
 
-from edgevl.export.exporter import DEFAULT_MAX_TOKENS, PRECISIONS, TARGETS, ExportOptions, ExportReport, export_bundle
+from edgevl.export.exporter import (
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_PRECISION,
+    PRECISIONS,
+    TARGETS,
+    ExportOptions,
+    ExportReport,
+    export_bundle,
+)
 from edgevl.export.precision import BLOCK_SIZES, DECODER_PRECISIONS, VISION_PRECISIONS
 from edgevl.runtime.bundle import Bundle, FileEntry
 from edgevl.runtime.commands import note, report_table
@@ -24,7 +32,11 @@ __all__ = ["export"]
 @click.argument("checkpoint")
 @click.option("-o", "--output", required=True, metavar="BUNDLE", help="Folder to write.")
 @click.option("--target", default="cpu", show_default=True, metavar="T", help=f"Where it runs: {', '.join(TARGETS)}.")
-@click.option("--precision", default="int4", show_default=True, metavar="P", help=", ".join(PRECISIONS) + ".")
+@click.option(
+    "--precision",
+    metavar="P",
+    help=f"{', '.join(PRECISIONS)} [default: {DEFAULT_PRECISION}, or what a quantized checkpoint is].",
+)
 @click.option(
     "--vision-precision", metavar="P", help=f"{', '.join(VISION_PRECISIONS)} [default: what --precision implies]."
 )
@@ -35,7 +47,8 @@ __all__ = ["export"]
     default=128,
     show_default=True,
     metavar="N",
-    help=f"Weights that share a scale in int4 and int8-weights: {', '.join(map(str, BLOCK_SIZES))}.",
+    help=f"Weights that share a scale where they are rounded to int4 or int8-weights: "
+    f"{', '.join(map(str, BLOCK_SIZES))}.",
 )
 @click.option("--asymmetric", is_flag=True, help="Zero points in int4 and int8-weights.")
 @click.option(

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from edgevl.export.checkpoint import Checkpoint
 from edgevl.export.graph import MICROSOFT, DataFile, GraphBuilder
 from edgevl.export.precision import Precision
 from edgevl.export.weights import BlockWeights, WeightStore
+from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.graph_spec import CACHE_KEY, CACHE_VALUE, GraphSpec
 
@@ -40,6 +40,7 @@ class OrtDialect:
         self._precision = precision
         self._weights = WeightStore(checkpoint, self.builder, precision.dtype)
         self._scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._ordered: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     # ------------------------------------------------------------------ plumbing
 
@@ -64,7 +65,7 @@ class OrtDialect:
         form = self._precision.table
         if form.kind == "float":
             return self.builder.op("Gather", [self._weights.table(table), ids])
-        packed = self._weights.blocks([table], form)
+        packed = self._weights.blocks([table], form, gathered=True)
         scales, zeros = self._weights.gather(packed)
         attributes = {"bits": form.bits, "block_size": form.block_size, "gather_axis": 0, "quantize_axis": 2}
         rows = self.builder.op("GatherBlockQuantized", [packed.codes, ids, scales, zeros], attributes, domain=MICROSOFT)
@@ -102,6 +103,8 @@ class OrtDialect:
         return self._product(x, [name], bias)
 
     def linears(self, x: ir.Value, names: Sequence[str], bias: bool = False) -> tuple[ir.Value, ...]:
+        if not self._weights.mergeable(names):
+            return tuple(self._product(x, [n], bias) for n in names)
         sizes = [self._weights.rows_of([n]) for n in names]
         split = self.builder.constant(f"split_{'_'.join(map(str, sizes))}", np.array(sizes, np.int64))
         merged = self._product(x, names, bias)
@@ -119,7 +122,7 @@ class OrtDialect:
         return self.builder.op("MatMul", [patches, self._weights.transposed([name])])
 
     def _product(self, x: ir.Value, names: Sequence[str], bias: bool) -> ir.Value:
-        form = self._precision.linear
+        form = self._weights.format_of(names, self._precision.linear)
         added = self._weights.vector(names, "bias") if bias else None
         if form.kind == "float":
             y = self.builder.op("MatMul", [x, self._weights.transposed(names)])
@@ -133,6 +136,8 @@ class OrtDialect:
         return y if added is None else self.builder.op("Add", [y, added])
 
     def _matmul_nbits(self, x: ir.Value, weight: BlockWeights, bias: ir.Value | None) -> ir.Value:
+        if weight.order is not None:
+            x = self._columns(x, weight.order)
         attributes = {
             "K": weight.shape[1],
             "N": weight.shape[0],
@@ -144,6 +149,12 @@ class OrtDialect:
         while inputs[-1] is None:
             inputs.pop()
         return self.builder.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
+
+    def _columns(self, x: ir.Value, order: ir.Value) -> ir.Value:
+        """x with its last axis in the order of a layer's groups, shared by layers over one input."""
+        if (x, order) not in self._ordered:
+            self._ordered[x, order] = self.builder.op("Gather", [x, order], {"axis": -1})
+        return self._ordered[x, order]
 
     def _unit_rows(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
         """(x with every row divided by its largest magnitude, that magnitude), shared by layers over one input."""

@@ -16,19 +16,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevl.export.checkpoint import Checkpoint, expected_shapes
 from edgevl.export.decoder import write_decoder
 from edgevl.export.dialect_ort import LEAST_ONNXRUNTIME, OrtDialect
 from edgevl.export.graph import DataFile
-from edgevl.export.precision import Precision, decoder_precision, vision_precision
+from edgevl.export.precision import DECODER_PRECISIONS, Precision, decoder_precision, vision_precision
 from edgevl.export.vision_encoder import write_vision_encoder
 from edgevl.runtime.bundle import MANIFEST, Bundle, FileEntry, GraphEntry, file_sha256
+from edgevl.runtime.checkpoint import Checkpoint, expected_shapes
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, InputError
 from edgevl.runtime.graph_spec import decoder_spec, vision_spec
 from edgevl.runtime.image_processing import ImageProcessorConfig
 from edgevl.runtime.mrope import MROPE_RULES
 from edgevl.runtime.prompt import load_chat_template
+from edgevl.runtime.schemes import QuantizedLayer, own_precision
 from edgevl.runtime.tokenizer import Tokenizer
 
 __all__ = ["PRECISIONS", "TARGETS", "ExportOptions", "ExportReport", "PartReport", "export_bundle"]
@@ -43,14 +44,19 @@ PRECISIONS = {
     "int4": ("int8", "int4"),
     "hybrid": ("int8", "hybrid"),
 }
+DEFAULT_PRECISION = "int4"
 DEFAULT_MAX_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export; `vision_precision` and `decoder_precision` default to what `precision` implies."""
+    """What to export; `vision_precision` and `decoder_precision` default to what `precision` implies.
 
-    precision: str = "int4"
+    `precision` defaults to int4, and to what the checkpoint is where it is quantized. `block_size`, `symmetric` and
+    `head_bits` are for layers that are rounded here.
+    """
+
+    precision: str | None = None
     vision_precision: str | None = None
     decoder_precision: str | None = None
     block_size: int = 128
@@ -127,22 +133,37 @@ def export_bundle(
 def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:
     if options.target not in TARGETS:
         raise InputError(f"target {options.target!r} is not supported by this version; expected {', '.join(TARGETS)}")
-    if options.precision not in PRECISIONS:
+    if options.precision is not None and options.precision not in PRECISIONS:
         raise InputError(f"precision {options.precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
     if options.mrope_rule not in MROPE_RULES:
         raise InputError(f"M-RoPE rule {options.mrope_rule!r} is unknown; expected one of {', '.join(MROPE_RULES)}")
-    vision, decoder = PRECISIONS[options.precision]
+    vision, decoder = _precisions(checkpoint, options)
     longest = checkpoint.config.text.max_position_embeddings
     max_tokens = min(DEFAULT_MAX_TOKENS, longest) if options.max_tokens is None else options.max_tokens
     if not 1 <= max_tokens <= longest:
         raise InputError(f"max tokens is {max_tokens}, expected 1 to {longest} (the model's max_position_embeddings)")
     return _Plan(
-        vision_precision(options.vision_precision or vision),
-        decoder_precision(
-            options.decoder_precision or decoder, options.block_size, options.symmetric, options.head_bits
-        ),
+        vision_precision(vision),
+        decoder_precision(decoder, options.block_size, options.symmetric, options.head_bits),
         max_tokens,
     )
+
+
+def _precisions(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
+    """(vision, decoder) by name, as asked for; a quantized checkpoint brings its own decoder."""
+    vision, decoder = PRECISIONS[options.precision or DEFAULT_PRECISION]
+    vision = options.vision_precision or vision
+    decoder = options.decoder_precision or decoder
+    if checkpoint.quantization is None:
+        return vision, decoder
+    own = own_precision(checkpoint.layers.values())
+    if (options.precision or options.decoder_precision) and decoder in DECODER_PRECISIONS and decoder != own:
+        raise InputError(
+            f"{checkpoint.folder}: decoder precision {decoder!r} was asked for, but the decoder of this "
+            f"{checkpoint.quantization.method} checkpoint is {own!r}; leave the precision away, or export the "
+            "unquantized checkpoint"
+        )
+    return vision, own if decoder in DECODER_PRECISIONS else decoder
 
 
 def _write(
@@ -192,7 +213,11 @@ def _write(
         graphs=graphs,
         files=files,
         edgevl_version=importlib.metadata.version("edgevl"),
-        options=asdict(options),
+        options={
+            **asdict(options),
+            "precision": options.precision or (DEFAULT_PRECISION if checkpoint.quantization is None else None),
+            "source_quantization": checkpoint.describe_quantization(),
+        },
     )
 
 
@@ -258,6 +283,10 @@ def _expected_bytes(checkpoint: Checkpoint, plan: _Plan) -> int:
             size *= d
         if name == "lm_head.weight" and checkpoint.config.text.tie_word_embeddings:
             continue
+        layer = checkpoint.layer(name) if name.endswith(".weight") else None
+        if layer is not None:
+            total += _quantized_bytes(layer)
+            continue
         precisions = (plan.vision,) if name.startswith("visual.") else plan.decoder
         is_table = name in ("model.embed_tokens.weight", "lm_head.weight")
         width = set()
@@ -271,6 +300,15 @@ def _expected_bytes(checkpoint: Checkpoint, plan: _Plan) -> int:
                 width.add(form.bits / 8 + 4 / form.block_size)
         total += size * sum(width)
     return int(total)
+
+
+def _quantized_bytes(layer: QuantizedLayer) -> float:
+    rows, columns = layer.shape
+    if layer.kind == "int8":
+        return rows * (columns + 4)
+    blocks = -(-columns // layer.block_size)
+    zeros = layer.bits / 8 if layer.has_zero_points else 0
+    return rows * blocks * (layer.block_size * layer.bits / 8 + 4 + zeros)
 
 
 def _part_reports(folder: Path, bundle: Bundle) -> Iterator[PartReport]:

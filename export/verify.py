@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgevl.export.checkpoint import Checkpoint, expected_shapes
 from edgevl.runtime.bundle import MANIFEST, Bundle, FileEntry, file_sha256
+from edgevl.runtime.checkpoint import Checkpoint, expected_shapes
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.errors import BundleError, CheckpointError, InputError
 from edgevl.runtime.golden import GOLDEN_FOLDER, golden_files
@@ -94,7 +94,7 @@ def write_golden(
         raise InputError(f"steps is {steps}, expected at least 1")
     with Checkpoint.open(source) as checkpoint:
         _check_same(bundle, checkpoint)
-        short = _memory_short(checkpoint.config)
+        short = _no_reference(checkpoint) or _memory_short(checkpoint.config)
         if short is not None:
             told(f"no golden vectors: {short}")
             return {}
@@ -137,7 +137,7 @@ def add_golden(
     bundle = Bundle.open(folder)
     before = golden_files(bundle)
     with Checkpoint.open(source) as checkpoint:
-        short = _memory_short(checkpoint.config)
+        short = _no_reference(checkpoint) or _memory_short(checkpoint.config)
     if short is not None:
         raise InputError(f"{folder}: {short}")
     partial = folder / ".golden.partial"
@@ -181,6 +181,15 @@ def available_memory() -> int | None:
     except (OSError, ValueError):  # no control group of version 2
         pass
     return min(found, default=None)
+
+
+def _no_reference(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.quantization is None:
+        return None
+    return (
+        f"the checkpoint is quantized ({checkpoint.quantization.method}), the reference needs plain numbers; "
+        "run `edgevl verify BUNDLE --against CHECKPOINT` with the unquantized checkpoint"
+    )
 
 
 def _memory_short(config: ModelConfig) -> str | None:

@@ -1,20 +1,32 @@
 """Checkpoint tensors as graph weights: read a few rows at a time, rounded or transposed, streamed to the data file.
 
 Shared by the dialects. A merged layer (q, k and v over one input) is a list of names whose rows follow one another.
+Layers that the checkpoint stores quantized keep their codes, scales and zero points; only the layout changes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from edgevl.calibration.formats import BlockQuantized, pack_codes, pack_zero_points, quantize_blocks, quantize_channels
-from edgevl.export.checkpoint import Checkpoint
+from edgevl.calibration.formats import (
+    BlockQuantized,
+    ChannelQuantized,
+    explicit_zero_points,
+    pack_codes,
+    pack_zero_points,
+    quantize_blocks,
+    quantize_channels,
+)
 from edgevl.export.graph import GraphBuilder
-from edgevl.export.precision import LinearFormat
+from edgevl.export.precision import W8A8, LinearFormat
+from edgevl.export.quantized import QuantizedReader
+from edgevl.runtime.checkpoint import Checkpoint
 
 __all__ = ["BlockWeights", "WeightStore", "merged_key"]
 
@@ -32,6 +44,7 @@ class BlockWeights:
     blocks: int
     format: LinearFormat
     key: str
+    order: ir.Value | None = None  # int64 [K]: the columns of the input that the blocks are made of
 
 
 def merged_key(names: Sequence[str]) -> str:
@@ -44,6 +57,7 @@ class WeightStore:
 
     def __init__(self, checkpoint: Checkpoint, builder: GraphBuilder, dtype: str) -> None:
         self._checkpoint, self._builder = checkpoint, builder
+        self._quantized = QuantizedReader(checkpoint)
         self.dtype = np.dtype(dtype)
 
     def rows_of(self, names: Sequence[str]) -> int:
@@ -51,6 +65,25 @@ class WeightStore:
 
     def columns_of(self, name: str) -> int:
         return int(np.prod(self._checkpoint.shape(f"{name}.weight")[1:]))
+
+    def mergeable(self, names: Sequence[str]) -> bool:
+        """Whether the layers over one input may be one product: all plain, or quantized alike."""
+        layers = [self._checkpoint.layer(n) for n in names]
+        alike = {(q.kind == "int8", q.bits, q.block_size) if q else None for q in layers}
+        if len(alike) > 1:
+            return False
+        orders = [self._quantized.grid(q).order for q in layers if q]
+        return all((a is None) == (b is None) and np.array_equal(a, b) for a, b in itertools.pairwise(orders))
+
+    def format_of(self, names: Sequence[str], plain: LinearFormat) -> LinearFormat:
+        """How mergeable layers are stored in the checkpoint, `plain` where they are to be rounded here."""
+        layers = [q for q in (self._checkpoint.layer(n) for n in names) if q]
+        if not layers:
+            return plain
+        if layers[0].kind == "int8":
+            return W8A8
+        symmetric = all(self._quantized.grid(q).zero_points is None for q in layers)
+        return LinearFormat("blocks", layers[0].bits, layers[0].block_size, symmetric)
 
     def vector(self, names: Sequence[str], suffix: str, dtype: np.dtype | None = None) -> ir.Value:
         """Norm weights and biases; several names follow one another."""
@@ -93,17 +126,23 @@ class WeightStore:
 
         def chunks() -> Iterator[np.ndarray]:
             out = np.empty((columns, rows), np.int8)
-            for start, part in self._parts(names):
-                q = quantize_channels(part)
-                out[:, start : start + len(part)] = q.codes.T
-                scales[start : start + len(part)] = q.scales
+            start = 0
+            for q in self._channel_parts(names):
+                stop = start + len(q.scales)
+                out[:, start:stop], scales[start:stop] = q.codes.T, q.scales
+                start = stop
             yield out
 
         codes = self._builder.weight(f"{key}.weight.int8", np.int8, (columns, rows), chunks)
         return codes, self._builder.weight(f"{key}.weight.int8.scales", np.float32, (rows,), lambda: [scales])
 
-    def blocks(self, names: Sequence[str], form: LinearFormat) -> BlockWeights:
-        """Packed codes, scales and zero points for MatMulNBits (and for GatherBlockQuantized through `gather`)."""
+    def blocks(self, names: Sequence[str], form: LinearFormat, gathered: bool = False) -> BlockWeights:
+        """Packed codes, scales and zero points for MatMulNBits.
+
+        Args:
+            form: of the layers in the checkpoint where it stores them quantized (see `format_of`).
+            gathered: rows are looked up as well (see `gather`); to be said when the table is first asked for.
+        """
         rows, columns = self.rows_of(names), self.columns_of(names[0])
         count = -(-columns // form.block_size)
         key = f"{merged_key(names)}.weight.int{form.bits}b{form.block_size}{'' if form.symmetric else 'z'}"
@@ -111,11 +150,10 @@ class WeightStore:
         zeros: list[np.ndarray] = []
 
         def chunks() -> Iterator[np.ndarray]:
-            for _, part in self._parts(names):
-                q: BlockQuantized = quantize_blocks(part, form.bits, form.block_size, form.symmetric)
+            for q in self._block_parts(names, form):
                 scales.append(q.scales)
-                if q.zero_points is not None:
-                    zeros.append(q.zero_points)
+                if not form.symmetric:
+                    zeros.append(explicit_zero_points(q))
                 yield pack_codes(q.codes, form.bits)
 
         width = form.block_size * form.bits // 8
@@ -127,9 +165,9 @@ class WeightStore:
             zero = self._builder.weight(
                 f"{key}.zeros", np.uint8, (rows, packed), lambda: (pack_zero_points(z, form.bits) for z in zeros)
             )
-            # One code per byte: the layout of the gather, kept beside because the packed one cannot be indexed.
-            self._builder.data_only(f"{key}.zeros.gather", np.uint8, (rows, count, 1), lambda: zeros)
-        return BlockWeights(codes, scale, zero, (rows, columns), count, form, key)
+            if gathered:  # one code per byte, kept beside because the packed ones cannot be indexed
+                self._builder.data_only(f"{key}.zeros.gather", np.uint8, (rows, count, 1), lambda: zeros)
+        return BlockWeights(codes, scale, zero, (rows, columns), count, form, key, self._order(names[0]))
 
     def gather(self, table: BlockWeights) -> tuple[ir.Value, ir.Value | None]:
         """Scales and zero points of `table` in GatherBlockQuantized's shapes [N, blocks, 1]."""
@@ -138,6 +176,32 @@ class WeightStore:
         if table.zero_points is None:
             return scales, None
         return scales, self._builder.alias(f"{table.key}.zeros.gather", f"{table.key}.zeros.gather", shape)
+
+    def _order(self, name: str) -> ir.Value | None:
+        """The activation order of a layer; layers over one input share it, so it is named by what it holds."""
+        layer = self._checkpoint.layer(name)
+        order = self._quantized.grid(layer).order if layer else None
+        if order is None:
+            return None
+        key = f"order.{hashlib.sha256(order.tobytes()).hexdigest()[:16]}"
+        return self._builder.weight(key, np.int64, order.shape, lambda: [order])
+
+    def _block_parts(self, names: Sequence[str], form: LinearFormat) -> Iterator[BlockQuantized]:
+        for name in names:
+            layer = self._checkpoint.layer(name)
+            if layer is not None:
+                yield from self._quantized.blocks(layer)
+            else:
+                for _, part in self._parts([name]):
+                    yield quantize_blocks(part, form.bits, form.block_size, form.symmetric)
+
+    def _channel_parts(self, names: Sequence[str]) -> Iterator[ChannelQuantized]:
+        for name in names:
+            layer = self._checkpoint.layer(name)
+            if layer is not None:
+                yield self._quantized.channels(layer)
+            else:
+                yield from (quantize_channels(part) for _, part in self._parts([name]))
 
     def _parts(self, names: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, float32 rows [n, K]) over all names, a bounded number of rows at a time."""

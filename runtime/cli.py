@@ -17,14 +17,15 @@ from edgevl.runtime.errors import EdgeVLError
 
 __all__ = ["main"]
 
-# command -> (module, help line); the module is imported when the command is asked for
+# command -> (module, help line, extra that brings what it needs); the module is imported when the command is asked for
 _COMMANDS = {
-    "export": ("edgevl.export.commands", "A checkpoint folder (or hub id) becomes a bundle."),
-    "run": ("edgevl.runtime.commands", "Answer one prompt about pictures."),
-    "chat": ("edgevl.runtime.commands", "A conversation at the terminal."),
-    "verify": ("edgevl.runtime.commands", "Replay a bundle's golden vectors, stage by stage."),
-    "inspect": ("edgevl.runtime.commands", "What a bundle or a checkpoint holds."),
-    "doctor": ("edgevl.runtime.commands", "Which engines are usable here, and why the others are not."),
+    "export": ("edgevl.export.commands", "A checkpoint folder (or hub id) becomes a bundle.", "export"),
+    "quantize": ("edgevl.calibration.commands", "A checkpoint becomes a quantized checkpoint.", "host"),
+    "run": ("edgevl.runtime.commands", "Answer one prompt about pictures.", "ort"),
+    "chat": ("edgevl.runtime.commands", "A conversation at the terminal.", "ort"),
+    "verify": ("edgevl.runtime.commands", "Replay a bundle's golden vectors, stage by stage.", "ort"),
+    "inspect": ("edgevl.runtime.commands", "What a bundle or a checkpoint holds.", "ort"),
+    "doctor": ("edgevl.runtime.commands", "Which engines are usable here, and why the others are not.", "ort"),
 }
 
 
@@ -41,13 +42,14 @@ class _LazyGroup(click.Group):
             if e.name is not None and e.name.startswith("edgevl"):
                 raise
             raise EdgeVLError(
-                f"`edgevl {cmd_name}` needs the package {e.name!r}, not installed here; pip install 'edgevl[export]'"
+                f"`edgevl {cmd_name}` needs the package {e.name!r}, not installed here; "
+                f"pip install 'edgevl[{_COMMANDS[cmd_name][2]}]'"
             ) from None
         return getattr(module, cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+            formatter.write_dl([(name, text) for name, (_, text, _) in _COMMANDS.items()])
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

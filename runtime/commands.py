@@ -308,22 +308,19 @@ def inspect(path: str, as_json: bool) -> None:
         bundle = Bundle.open(folder)
         click.echo(json.dumps(bundle.manifest(), ensure_ascii=False) if as_json else _describe(bundle))
         return
-    import importlib
+    from edgevl.runtime.checkpoint import Checkpoint
 
-    try:
-        module = importlib.import_module("edgevl.export.checkpoint")
-    except ModuleNotFoundError as e:
-        raise EdgeVLError(
-            f"inspecting a checkpoint needs the package {e.name!r}; pip install 'edgevl[export]'"
-        ) from None
-    with module.Checkpoint.open(folder) as checkpoint:
+    with Checkpoint.open(folder) as checkpoint:
         tensors = [
             {"name": n, "dtype": checkpoint.dtype(n), "shape": list(checkpoint.shape(n))} for n in checkpoint.names()
         ]
         if as_json:
-            click.echo(json.dumps({"model": checkpoint.config.to_dict(), "tensors": tensors}))
+            quantization = checkpoint.describe_quantization()
+            click.echo(
+                json.dumps({"model": checkpoint.config.to_dict(), "quantization": quantization, "tensors": tensors})
+            )
             return
-        click.echo(_model_lines(checkpoint.config))
+        click.echo(_model_lines(checkpoint.config, checkpoint.describe_quantization()))
         click.echo(
             tabulate(
                 [(t["name"], t["dtype"], "×".join(map(str, t["shape"]))) for t in tensors],
@@ -333,7 +330,7 @@ def inspect(path: str, as_json: bool) -> None:
         )
 
 
-def _model_lines(config: Any) -> str:
+def _model_lines(config: Any, quantization: dict[str, Any] | None = None) -> str:
     t, v = config.text, config.vision
     rows = [
         (
@@ -352,6 +349,16 @@ def _model_lines(config: Any) -> str:
             f"merge {v.spatial_merge_size}, temporal {v.temporal_patch_size}",
         ),
     ]
+    if quantization is not None:
+        q = {k: "/".join(map(str, v)) if isinstance(v, list) else v for k, v in quantization.items()}
+        groups = q["group_size"].replace("-1", "whole rows")
+        rows.append(
+            (
+                "quantized",
+                f"{q['method']} ({q['format']}), {q['layers']} layers of {q['bits']} bits, groups {groups}; "
+                f"decoder precision {q['precision']}",
+            )
+        )
     return tabulate(rows, tablefmt="plain")
 
 

@@ -26,7 +26,7 @@ from edgevl.runtime.image_processing import (
 from edgevl.runtime.mrope import vision_rotary_rows
 from edgevl.runtime.prompt import VisionInput
 
-__all__ = ["EncodedImage", "VisionStage"]
+__all__ = ["EncodedImage", "VisionStage", "preprocess_vision"]
 
 _PATCHES_PER_CALL = 16384  # frames of a video go through in groups of this many patches, to bound activations
 _OPTIONS = ("min_pixels", "max_pixels")
@@ -79,13 +79,7 @@ class VisionStage:
 
     def preprocess(self, item: VisionInput) -> ProcessedImage:
         """Pixels of one picture or video, as the vision encoder wants them."""
-        unknown = set(item.options) - set(_OPTIONS)
-        if unknown:
-            raise InputError(f"{item.kind} options {sorted(unknown)} are not supported; expected {', '.join(_OPTIONS)}")
-        options: dict[str, Any] = {k: v for k, v in item.options.items() if v is not None}
-        if item.kind == "image":
-            return preprocess_image(load_image(item.source), self._processor, **options)
-        return preprocess_frames(_frames(item.source), self._processor, **options)
+        return preprocess_vision(item, self._processor)
 
     def run(self, processed: ProcessedImage) -> np.ndarray:
         """Embeddings float32 [tokens, hidden] of preprocessed pixels."""
@@ -109,6 +103,21 @@ class VisionStage:
                 "export with --vision-precision fp32 or int8"
             )
         return embeds
+
+
+def preprocess_vision(item: VisionInput, processor: ImageProcessorConfig) -> ProcessedImage:
+    """Load one picture or video of a message and turn it into patches as the checkpoint's processor says.
+
+    Raises:
+        InputError: not a picture, an option that does not exist.
+    """
+    unknown = set(item.options) - set(_OPTIONS)
+    if unknown:
+        raise InputError(f"{item.kind} options {sorted(unknown)} are not supported; expected {', '.join(_OPTIONS)}")
+    options: dict[str, Any] = {k: v for k, v in item.options.items() if v is not None}
+    if item.kind == "image":
+        return preprocess_image(load_image(item.source), processor, **options)
+    return preprocess_frames(_frames(item.source), processor, **options)
 
 
 def content_key(processed: ProcessedImage) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_config import RELEASED, released
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from edgevl.export.checkpoint import Checkpoint, canonical_name, expected_shapes
+from edgevl.runtime.checkpoint import Checkpoint, canonical_name, expected_shapes
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.errors import CheckpointError
 
@@ -341,7 +341,7 @@ def test_hole_between_tensors(folder: Path) -> None:
 def test_quantized(folder: Path) -> None:
     edit(folder, lambda t: t.update({Q0.replace("weight", "qweight"): torch.ones(8, 8, dtype=torch.int32)}))
     message = error(folder)
-    assert "q_proj.qweight'" in message and "export the unquantized checkpoint" in message
+    assert "q_proj.qweight'" in message and "neither config.json nor quantize_config.json says" in message
 
 
 def test_quantized_by_config_alone(folder: Path) -> None:
@@ -349,7 +349,7 @@ def test_quantized_by_config_alone(folder: Path) -> None:
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
     message = error(folder)
-    assert "config.json: quantization_config: a gptq checkpoint" in message
+    assert "config.json: says that it is a gptq checkpoint, but no layer is stored quantized" in message
     assert "export the unquantized checkpoint" in message
 
 
@@ -413,7 +413,7 @@ def test_hub_id(saved: Path, tmp_path: Path) -> None:
     (cache / "refs" / "main").write_text(commit)
     shutil.copytree(saved, cache / "snapshots" / commit)
     code = (
-        "from edgevl.export.checkpoint import Checkpoint, CheckpointError\n"
+        "from edgevl.runtime.checkpoint import Checkpoint, CheckpointError\n"
         "print(len(Checkpoint.open('owner/tiny').names()))\n"
         "try: Checkpoint.open('owner/absent')\n"
         "except CheckpointError as e: print(e)\n"
@@ -445,7 +445,7 @@ def test_memory_is_bounded_by_one_tensor(tmp_path: Path) -> None:
     assert 2.2e8 < at < 3.2e8
     code = (
         "import re\n"
-        "from edgevl.export.checkpoint import Checkpoint\n"
+        "from edgevl.runtime.checkpoint import Checkpoint\n"
         "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
         f"checkpoint = Checkpoint.open({str(tmp_path)!r})\n"
         "before = peak()\n"

@@ -8,11 +8,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgevl.calibration.formats import (
+    BlockQuantized,
     dequantize_blocks,
+    explicit_zero_points,
     pack_codes,
     pack_zero_points,
     quantize_blocks,
     quantize_channels,
+    split_blocks,
 )
 
 
@@ -108,3 +111,47 @@ def test_onnxruntime_reads_the_same_weight(bits: int, symmetric: bool, columns: 
 def test_wrong_formats_are_refused(bits: int, block: int) -> None:
     with pytest.raises(ValueError, match="expected"):
         quantize_blocks(np.zeros((2, 32), np.float32), bits, block)
+
+
+def weight_of(rows: int, groups: list[list[int]], columns: int, bits: int, zeros: bool) -> BlockQuantized:
+    """Random codes with the given columns in each group."""
+    rng = np.random.default_rng(rows)
+    size = max(len(g) for g in groups)
+    codes = rng.integers(0, 2**bits, (rows, len(groups), size)).astype(np.uint8)
+    z = rng.integers(0, 2**bits, (rows, len(groups))).astype(np.uint8) if zeros else None
+    scales = rng.random((rows, len(groups))).astype(np.float32)
+    order = np.array([k for g in groups for k in g])
+    return BlockQuantized(codes, scales, z, bits, columns, None if np.all(np.diff(order) > 0) else order)
+
+
+def slow_dequantize(q: BlockQuantized, groups: list[list[int]]) -> np.ndarray:
+    out = np.zeros((len(q.codes), q.columns), np.float32)
+    for n in range(len(q.codes)):
+        for g, columns in enumerate(groups):
+            zero = 2 ** (q.bits - 1) if q.zero_points is None else int(q.zero_points[n, g])
+            for place, k in enumerate(columns):
+                out[n, k] = np.float32(int(q.codes[n, g, place]) - zero) * q.scales[n, g]
+    return out
+
+
+def test_columns_go_where_the_order_says() -> None:
+    groups = [[5, 0, 3], [1, 2, 4]]
+    q = weight_of(2, groups, 6, 4, True)
+    assert np.array_equal(dequantize_blocks(q), slow_dequantize(q, groups))
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize(("columns", "size", "smaller"), [(96, 48, 16), (64, 64, 32), (70, 70, 32), (70, 70, 128)])
+def test_smaller_blocks_are_the_same_weight(zeros: bool, columns: int, size: int, smaller: int) -> None:
+    groups = [list(range(at, at + size)) for at in range(0, columns, size)]
+    q = weight_of(3, groups, columns, 4, zeros)
+    split = split_blocks(q, smaller)
+    assert split.block_size == smaller and split.codes.shape[1] == -(-columns // smaller)
+    assert np.array_equal(dequantize_blocks(split), dequantize_blocks(q))
+    padding = split.codes.reshape(3, -1)[:, columns:]
+    assert np.array_equal(padding, np.repeat(explicit_zero_points(split)[:, -1:], padding.shape[1], 1))
+
+
+def test_smaller_blocks_must_divide() -> None:
+    with pytest.raises(ValueError, match="block_size is 32, expected a divisor of 48"):
+        split_blocks(weight_of(2, [list(range(48)), list(range(48, 96))], 96, 4, False), 32)

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from edgevl.benchmarks import random_checkpoint
 from edgevl.benchmarks.random_checkpoint import released_config, released_tokenizer, write_random_checkpoint
-from edgevl.export.checkpoint import Checkpoint, expected_shapes
+from edgevl.runtime.checkpoint import Checkpoint, expected_shapes
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.errors import InputError
 

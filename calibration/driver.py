@@ -1,0 +1,404 @@
+"""Quantizes a checkpoint layer by layer, with one decoder layer in memory, and can go on after a kill.
+
+Everything is written to a folder beside the target: one shard per layer, the hidden states that enter the next layer,
+and `state.json`, which says what the run was asked. Samples run through the layers that are already quantized, so every
+layer sees the inputs that it will have. The last step writes what stays as it is, the configs and the report, and
+renames the folder. The same inputs and number of threads give the same bytes, resumed or not.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgevl.calibration.activations import Activations
+from edgevl.calibration.dataset import Sample
+from edgevl.calibration.fidelity import Divergence, DivergenceSum
+from edgevl.calibration.formats import BlockQuantized, quantize_channels
+from edgevl.calibration.gptq import HessianAccumulator, gptq_quantize, output_error
+from edgevl.calibration.grids import dequantized, round_to_nearest
+from edgevl.calibration.layers import DECODER_GROUPS, Watch, decoder_layer
+from edgevl.calibration.observers import RangeObserver
+from edgevl.calibration.output import as_stored, save_shard, shard_name, write_rest
+from edgevl.calibration.packing import pack_gptq, pack_int8
+from edgevl.calibration.recipes import Recipe
+from edgevl.calibration.smooth import smooth_decoder_layer
+from edgevl.calibration.weights import embed_samples, layer_weights, logits_of
+from edgevl.runtime.checkpoint import Checkpoint
+from edgevl.runtime.errors import CheckFailedError, CheckpointError, InputError
+from edgevl.runtime.mrope import rotary_rows
+
+__all__ = ["LayerReport", "QuantizeReport", "quantize_checkpoint"]
+
+REPORT = "edgevl_quantize.json"
+Progress = Callable[[int, int, str], None]  # layers done, layers in all, what is being done
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer: `error` of its outputs on the samples relative to their size, and what rounding to nearest on
+    the same grid's width would give."""
+
+    name: str
+    bits: int
+    error: float | None
+    rtn_error: float | None
+    damping: float | None
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What a run did. `divergence` is end to end on held-out samples, None where there were none."""
+
+    output: Path
+    recipe: Recipe
+    samples: int
+    tokens: int
+    layers: tuple[LayerReport, ...]
+    divergence: Divergence | None
+    seconds: float
+    nbytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "output": str(self.output)}
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    output: str | Path,
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample] = (),
+    *,
+    resume: bool = False,
+    max_kl: float | None = None,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Write the quantized checkpoint `output`: in GPTQ's format, or compressed-tensors' for W8A8; everything but the
+    decoder's linear layers (and what smoothing folds into the norms) as it was.
+
+    Args:
+        samples: what the layers are calibrated on; may be empty where the recipe needs none.
+        held_out: other samples, on which the divergence from the original is measured.
+        resume: go on with a run that was killed; without it what such a run left is thrown away.
+        max_kl: a gate: nothing is published when the divergence is larger.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or the disk is full.
+        InputError: the output exists, no samples, a group size that does not divide, another run's leftovers.
+        CheckFailedError: `max_kl` was exceeded.
+    """
+    started = time.monotonic()
+    target = Path(output).absolute()
+    _check_output(target)
+    with Checkpoint.open(source) as checkpoint:
+        _check_recipe(checkpoint, recipe, samples, held_out, max_kl)
+        folder = target.with_name(f".{target.name}.partial")
+        run = _Run(checkpoint, folder, recipe, samples, held_out, progress or (lambda *_: None))
+        try:
+            with torch.inference_mode():
+                _prepare(run, resume)
+                for layer in range(run.layers):
+                    if not run.shard(layer).exists():
+                        _quantize_layer(run, layer)
+                divergence = _divergence(run)
+            _gate(run, divergence, max_kl)
+            layers = tuple(r for i in range(run.layers) for r in run.reports(i))
+            tokens = sum(len(s.ids) for s in samples)
+            write_rest(checkpoint, folder, run.layers, recipe)
+            size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+            seconds = time.monotonic() - started
+            report = QuantizeReport(target, recipe, len(samples), tokens, layers, divergence, seconds, size)
+            _finish(run, target, report)
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise CheckpointError(f"{target}: cannot be written ({e})") from None
+            raise CheckpointError(f"{target}: the disk is full; free some space, then go on with --resume") from None
+    return report
+
+
+@dataclass
+class _Run:
+    """One run's state: where it works, on what."""
+
+    checkpoint: Checkpoint
+    folder: Path
+    recipe: Recipe
+    samples: Sequence[Sample]
+    held_out: Sequence[Sample]
+    progress: Progress
+    rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return self.checkpoint.config.text.num_hidden_layers
+
+    @property
+    def streams(self) -> dict[str, Sequence[Sample]]:
+        """Hidden states that are carried along: the samples, and the held-out ones through both models."""
+        streams = {"samples": self.samples, "original": self.held_out, "quantized": self.held_out}
+        return {name: some for name, some in streams.items() if some}
+
+    def shard(self, layer: int) -> Path:
+        return self.folder / shard_name(layer, self.layers)
+
+    def hidden(self, stream: str, layer: int) -> Activations:
+        """What enters `layer` (or the final norm)."""
+        lengths = [len(s.ids) for s in self.streams[stream]]
+        path = self.folder / f"{stream}-{layer:03d}.npy"
+        return Activations(path, lengths, self.checkpoint.config.text.hidden_size)
+
+    def outputs(
+        self, stream: str, layer: int, weights: Mapping[str, Tensor], watch: Watch | None = None
+    ) -> Iterator[Tensor]:
+        """Outputs of one layer, sample by sample."""
+        extra: dict[str, Any] = {} if watch is None else {"watch": watch}
+        for sample, hidden in zip(self.streams[stream], self.hidden(stream, layer).read()):
+            cos, sin = self._rows(sample)
+            yield decoder_layer(hidden, weights, cos, sin, self.checkpoint.config.text, **extra)
+
+    def reports(self, layer: int) -> list[LayerReport]:
+        rows = json.loads((self.folder / f"layer-{layer:03d}.json").read_text(encoding="utf-8"))
+        return [LayerReport(**row) for row in rows]
+
+    def _rows(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        if id(sample) not in self.rotary:
+            cos, sin = rotary_rows(sample.positions, self.checkpoint.config.text)
+            self.rotary[id(sample)] = torch.from_numpy(cos), torch.from_numpy(sin)
+        return self.rotary[id(sample)]
+
+
+# ---------------------------------------------------------------------- before
+
+
+def _check_output(target: Path) -> None:
+    if not target.parent.is_dir():
+        raise InputError(f"{target.parent}: no such folder; create it, or choose another output")
+    if target.exists():
+        raise InputError(f"{target}: exists already; choose another output, or remove it first")
+
+
+def _check_recipe(
+    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample], held_out: Sequence[Sample], max_kl: float | None
+) -> None:
+    if checkpoint.quantization is not None:
+        raise InputError(
+            f"{checkpoint.folder}: already quantized ({checkpoint.quantization.method}); give the original checkpoint"
+        )
+    if recipe.needs_samples and not samples:
+        raise InputError(
+            f"recipe {recipe.name!r} calibrates on samples, none were given; pass pictures or conversations"
+        )
+    if max_kl is not None and not held_out:
+        raise InputError("a limit on the divergence needs held-out samples; give more pictures")
+    text = checkpoint.config.text
+    widths = {"hidden_size": text.hidden_size, "intermediate_size": text.intermediate_size}
+    widths["attention width"] = text.num_attention_heads * text.head_dim
+    for name, width in widths.items():
+        if recipe.group_size > 0 and width % recipe.group_size:
+            raise InputError(
+                f"group size {recipe.group_size} does not divide {name} {width}; choose one that does, or -1"
+            )
+
+
+def _fingerprint(run: _Run) -> dict[str, Any]:
+    """What must be equal for a run to go on: the recipe, the weights' files and the samples."""
+    digest = hashlib.sha256()
+    for sample in (*run.samples, *run.held_out):
+        digest.update(sample.ids.tobytes() + sample.positions.tobytes())
+        for picture in sample.vision:
+            digest.update(np.ascontiguousarray(picture.pixel_values).data)
+    files = {p.name: p.stat().st_size for p in sorted(run.checkpoint.folder.glob("*.safetensors"))}
+    return {"recipe": asdict(run.recipe), "weights": files, "samples": digest.hexdigest(), "layers": run.layers}
+
+
+def _prepare(run: _Run, resume: bool) -> None:
+    """The working folder with the hidden states that enter the first layer, or that of a run to go on with."""
+    state, wanted = run.folder / "state.json", _fingerprint(run)
+    if run.folder.exists() and not resume:
+        shutil.rmtree(run.folder)
+    if state.exists():
+        found = json.loads(state.read_text(encoding="utf-8"))
+        different = [key for key, value in wanted.items() if found.get(key) != value]
+        if different:
+            raise InputError(
+                f"{run.folder}: was begun with other {', '.join(different)}; run without --resume to start over"
+            )
+    run.folder.mkdir(exist_ok=True)
+    _replace(state, json.dumps(wanted))
+    done = sum(1 for i in range(run.layers) if run.shard(i).exists())
+    for stream, samples in run.streams.items():
+        first = run.hidden(stream, 0)
+        if done == 0 and not first.exists:
+            run.progress(0, run.layers, f"pictures ({stream})")
+            first.write(embed_samples(run.checkpoint, samples, run.folder / "vision.npy"))
+
+
+# ---------------------------------------------------------------------- one layer
+
+
+class _Observed:
+    """What a recipe needs to know of the inputs of one layer's linear layers, by point of DECODER_GROUPS."""
+
+    def __init__(self, recipe: Recipe, layer: int) -> None:
+        self._layer = layer
+        self._make = RangeObserver if recipe.method == "w8a8" else HessianAccumulator
+        self._by_point: dict[str, Any] = {}
+
+    def __call__(self, point: str, x: Tensor) -> None:
+        if point not in DECODER_GROUPS:
+            return
+        if point not in self._by_point:
+            self._by_point[point] = self._make(x.shape[-1], f"model.layers.{self._layer}, input of {point}")
+        self._by_point[point].add(x)
+
+    def hessian(self, point: str) -> Tensor | None:
+        return self._by_point[point].hessian if point in self._by_point else None
+
+    def absmax(self) -> dict[str, Tensor]:
+        return {point: seen.absmax for point, seen in self._by_point.items()}
+
+    def forget(self, point: str) -> None:
+        """The largest Hessian is K² of the MLP's width."""
+        self._by_point.pop(point, None)
+
+
+@dataclass
+class _Quantized:
+    """One quantized layer: the tensors to write, the weights it computes with now, and how it went."""
+
+    tensors: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    reports: list[LayerReport]
+
+
+def _quantize_layer(run: _Run, layer: int) -> None:
+    """Statistics with the original weights, codes, and the layer's outputs with the quantized ones."""
+    run.progress(layer, run.layers, "calibrating")
+    weights = layer_weights(run.checkpoint, layer)
+    seen = _Observed(run.recipe, layer)
+    if run.recipe.needs_samples:
+        for _ in run.outputs("samples", layer, weights, seen):
+            pass
+    done = (_to_channels if run.recipe.method == "w8a8" else _to_blocks)(run, layer, weights, seen)
+    packed = {f"{name}.weight" for names in DECODER_GROUPS.values() for name in names}
+    for name, value in done.weights.items():
+        if name not in packed:
+            full = f"model.layers.{layer}.{name}"
+            # What smoothing has changed keeps its precision: bfloat16 has 8 bits too.
+            same = torch.equal(value, weights[name])
+            done.tensors[full] = as_stored(run.checkpoint, full, value) if same else value
+    activations = round_tokens if run.recipe.method == "w8a8" else None
+    for stream in run.streams:
+        how = (weights, None) if stream == "original" else (done.weights, activations)
+        run.hidden(stream, layer + 1).write(run.outputs(stream, layer, *how))
+    _replace(run.folder / f"layer-{layer:03d}.json", json.dumps([asdict(r) for r in done.reports]))
+    save_shard(run.shard(layer), done.tensors)
+    for stream in run.streams:
+        run.hidden(stream, layer).remove()
+
+
+def _to_blocks(run: _Run, layer: int, weights: Mapping[str, Tensor], seen: _Observed) -> _Quantized:
+    """Weight-only codes in blocks."""
+    done = _Quantized({}, dict(weights), [])
+    for point, names in DECODER_GROUPS.items():
+        for name in names:
+            run.progress(layer, run.layers, name)
+            full = f"model.layers.{layer}.{name}"
+            codes, report = _quantize_weight(run.recipe, full, weights[f"{name}.weight"], seen.hessian(point))
+            done.weights[f"{name}.weight"] = dequantized(codes)
+            done.tensors |= {f"{full}.{k}": torch.from_numpy(v) for k, v in pack_gptq(codes).items()}
+            done.reports.append(report)
+        seen.forget(point)
+    return done
+
+
+def _to_channels(run: _Run, layer: int, weights: Mapping[str, Tensor], seen: _Observed) -> _Quantized:
+    """int8 per output channel, after smoothing."""
+    smooth = {name: value.clone() for name, value in weights.items()}
+    smooth_decoder_layer(smooth, seen.absmax(), run.recipe.alpha, run.checkpoint.config.text)
+    done = _Quantized({}, dict(smooth), [])
+    for names in DECODER_GROUPS.values():
+        for name in names:
+            run.progress(layer, run.layers, name)
+            full = f"model.layers.{layer}.{name}"
+            codes = quantize_channels(smooth[f"{name}.weight"].numpy())
+            done.weights[f"{name}.weight"] = torch.from_numpy(codes.codes * codes.scales[:, None])
+            done.tensors |= {f"{full}.{k}": torch.from_numpy(v) for k, v in pack_int8(codes).items()}
+            done.reports.append(LayerReport(full, 8, None, None, None))
+    return done
+
+
+def round_tokens(point: str, x: Tensor) -> Tensor | None:
+    """Activations as the W8A8 kernels see them: 8 bits, one scale per token, in the inputs of linear layers."""
+    if point not in DECODER_GROUPS:
+        return None
+    step = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127.5
+    return torch.round(x / step) * step
+
+
+def _quantize_weight(
+    recipe: Recipe, name: str, weight: Tensor, hessian: Tensor | None
+) -> tuple[BlockQuantized, LayerReport]:
+    bits = recipe.bits_of(name)
+    grid: dict[str, Any] = {"bits": bits, "group_size": recipe.group_size, "symmetric": recipe.symmetric}
+    if recipe.method == "gptq" and hessian is not None:
+        done = gptq_quantize(weight, hessian, **grid, clip=recipe.clip)
+        return done.weight, LayerReport(name, bits, done.error, done.rtn_error, done.damping)
+    importance = None if hessian is None or not recipe.clip else hessian.diagonal()
+    codes = round_to_nearest(weight, **grid, importance=importance)
+    if hessian is None:
+        return codes, LayerReport(name, bits, None, None, None)
+    error = output_error(weight, dequantized(codes), hessian)
+    return codes, LayerReport(name, bits, error, error, None)
+
+
+# ---------------------------------------------------------------------- after
+
+
+def _divergence(run: _Run) -> Divergence | None:
+    """Over the held-out positions whose next token is text: nobody samples after a picture's token."""
+    if not run.held_out:
+        return None
+    run.progress(run.layers, run.layers, "held-out samples")
+    total = DivergenceSum()
+    pairs = zip(run.held_out, *(run.hidden(s, run.layers).read() for s in ("original", "quantized")))
+    for sample, original, quantized in pairs:
+        wanted = torch.from_numpy(~sample.visual)
+        both = torch.cat((original[wanted], quantized[wanted]))
+        logits = torch.cat([part for _, part in logits_of(run.checkpoint, both)])
+        total.add(*logits.chunk(2))
+    return total.result()
+
+
+def _gate(run: _Run, divergence: Divergence | None, max_kl: float | None) -> None:
+    if max_kl is not None and divergence is not None and divergence.kl > max_kl:
+        shutil.rmtree(run.folder)
+        raise CheckFailedError(
+            f"KL to the original is {divergence.kl:.4f}, at most {max_kl} was asked; nothing was written: try a "
+            "smaller group, down_proj in 8 bits, or more samples"
+        )
+
+
+def _finish(run: _Run, target: Path, report: QuantizeReport) -> None:
+    for path in (*run.folder.glob("*.npy"), *run.folder.glob("layer-*.json"), run.folder / "state.json"):
+        path.unlink()
+    _replace(run.folder / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
+    run.folder.rename(target)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
