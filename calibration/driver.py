@@ -34,7 +34,7 @@ from edgevl.calibration.output import as_stored, save_shard, shard_name, write_r
 from edgevl.calibration.packing import pack_gptq, pack_int8
 from edgevl.calibration.recipes import Recipe
 from edgevl.calibration.smooth import smooth_decoder_layer
-from edgevl.calibration.weights import embed_samples, layer_weights, logits_of
+from edgevl.calibration.weights import Head, embed_samples, layer_weights
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.errors import CheckFailedError, CheckpointError, InputError
 from edgevl.runtime.mrope import rotary_rows
@@ -42,6 +42,7 @@ from edgevl.runtime.mrope import rotary_rows
 __all__ = ["LayerReport", "QuantizeReport", "quantize_checkpoint"]
 
 REPORT = "edgevl_quantize.json"
+_ROWS = 32  # of logits at once: 20 MB with the released vocabulary
 Progress = Callable[[int, int, str], None]  # layers done, layers in all, what is being done
 
 
@@ -372,13 +373,12 @@ def _divergence(run: _Run) -> Divergence | None:
     if not run.held_out:
         return None
     run.progress(run.layers, run.layers, "held-out samples")
-    total = DivergenceSum()
+    total, head = DivergenceSum(), Head(run.checkpoint)
     pairs = zip(run.held_out, *(run.hidden(s, run.layers).read() for s in ("original", "quantized")))
     for sample, original, quantized in pairs:
         wanted = torch.from_numpy(~sample.visual)
-        both = torch.cat((original[wanted], quantized[wanted]))
-        logits = torch.cat([part for _, part in logits_of(run.checkpoint, both)])
-        total.add(*logits.chunk(2))
+        for some in zip(original[wanted].split(_ROWS), quantized[wanted].split(_ROWS)):
+            total.add(*(head(hidden) for hidden in some))
     return total.result()
 
 

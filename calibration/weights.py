@@ -16,9 +16,7 @@ from edgevl.calibration.layers import DECODER_TENSORS, VISION_TENSORS, merge, rm
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.mrope import vision_rotary_rows
 
-__all__ = ["embed_samples", "layer_weights", "logits_of", "table_name"]
-
-_ROWS = 64  # of logits at once: 40 MB with the released vocabulary
+__all__ = ["Head", "embed_samples", "layer_weights", "table_name"]
 
 
 def layer_weights(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
@@ -77,11 +75,13 @@ def embed_samples(checkpoint: Checkpoint, samples: Sequence[Sample], scratch: Pa
         yield x
 
 
-def logits_of(checkpoint: Checkpoint, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of the final hidden states [n, hidden], a few rows at a time: (rows, float32 [rows, vocab])."""
-    text = checkpoint.config.text
-    norm = torch.from_numpy(checkpoint.read("model.norm.weight"))
-    head = torch.from_numpy(checkpoint.read(table_name(checkpoint)))
-    for start in range(0, len(hidden), _ROWS):
-        rows = slice(start, min(start + _ROWS, len(hidden)))
-        yield rows, F.linear(rms_norm(hidden[rows], norm, text.rms_norm_eps), head)
+class Head:
+    """The final norm and the head: final hidden states [n, hidden] -> logits float32 [n, vocab]."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._epsilon = checkpoint.config.text.rms_norm_eps
+        self._norm = torch.from_numpy(checkpoint.read("model.norm.weight"))
+        self._table = torch.from_numpy(checkpoint.read(table_name(checkpoint)))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return F.linear(rms_norm(hidden, self._norm, self._epsilon), self._table)
