@@ -22,8 +22,6 @@ CHECKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", 
 MEASURED = re.compile(
     r"cosine|pixel error|\d ?(ms|s|MB|tokens/s|tok/s)\b|_s\"|processor|memory|seconds|EPYC|Xeon|python +3"
 )
-    r"cosine|pixel error|\d ?(ms|s|MB|tokens/s|tok/s)\b|_s\"|processor|memory|seconds|EPYC|Xeon|python +3"
-)
 
 
 def blocks(language: str) -> list[str]:
