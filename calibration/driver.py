@@ -120,7 +120,7 @@ def quantize_checkpoint(
             write_rest(checkpoint, folder, run.layers, recipe)
             size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
             seconds = time.monotonic() - started
-            report = QuantizeReport(target, recipe, len(samples), tokens, layers, divergence, seconds, size)
+            report = QuantizeReport(Path(output), recipe, len(samples), tokens, layers, divergence, seconds, size)
             _finish(run, target, report)
         except OSError as e:
             if e.errno != errno.ENOSPC:

@@ -127,7 +127,7 @@ def export_bundle(
             manifest = folder / MANIFEST
             manifest.write_text(_json(bundle.manifest()), encoding="utf-8")
     parts = tuple(_part_reports(target, bundle))
-    return ExportReport(target, parts, time.monotonic() - started, peak_rss_bytes())
+    return ExportReport(Path(output), parts, time.monotonic() - started, peak_rss_bytes())
 
 
 def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:

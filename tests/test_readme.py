@@ -28,15 +28,24 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def commands() -> Iterator[tuple[str, str]]:
-    """(command, the output that is shown) of every console block."""
+Shown = tuple[str, str]  # a command, and the output that is shown
+
+
+def sessions() -> Iterator[list[Shown]]:
+    """The commands of every console block: the later ones may need what the earlier ones left."""
     for block in blocks("console"):
+        found = []
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, output = part.partition("\n")
             while command.endswith("\\"):
                 more, _, output = output.partition("\n")
                 command = command[:-1] + more
-            yield command, output
+            found.append((command, output))
+        yield found
+
+
+def commands() -> list[Shown]:
+    return [shown for session in sessions() for shown in session]
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +83,16 @@ def test_there_are_commands() -> None:
         assert any(name in command for command in found), name
 
 
-@pytest.mark.parametrize(("command", "shown"), [c for c in commands() if "demo.py" not in c[0]])
-def test_console_blocks(place: Path, command: str, shown: str) -> None:
-    printed = comparable(run(command, place))
-    expected = comparable(shown)
-    if "..." in expected:  # the middle of a long output is left out
-        at = expected.index("...")
-        assert printed[:at] == expected[:at]
-        assert printed[len(printed) - (len(expected) - at - 1) :] == expected[at + 1 :]
-    else:
-        assert printed == expected
+@pytest.mark.parametrize("session", [s for s in sessions() if "demo.py" not in s[0][0]], ids=lambda s: s[0][0][:50])
+def test_console_blocks(place: Path, session: list[Shown]) -> None:
+    for command, shown in session:
+        printed, expected = comparable(run(command, place)), comparable(shown)
+        if "..." in expected:  # the middle of a long output is left out
+            at = expected.index("...")
+            assert printed[:at] == expected[:at]
+            assert printed[len(printed) - (len(expected) - at - 1) :] == expected[at + 1 :]
+        else:
+            assert printed == expected
 
 
 def test_the_demo_says_what_is_shown(place: Path) -> None:
