@@ -8,7 +8,7 @@ and the values), and may give another tensor to go on with: rounded activations,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -153,8 +153,3 @@ def merge(x: Tensor, weights: Weights, config: VisionConfig, watch: Watch = _ign
     h = h.reshape(-1, config.merged_dim)
     h = F.gelu(_linear(_seen(watch, "mlp.0", h), weights, "mlp.0"))
     return _linear(_seen(watch, "mlp.2", h), weights, "mlp.2")
-
-
-def group_of(groups: Mapping[str, Sequence[str]], name: str) -> str:
-    """The point whose tensor is the input of the linear layer `name`."""
-    return next(point for point, names in groups.items() if name in names)

@@ -16,7 +16,7 @@ from edgevl.calibration.layers import DECODER_TENSORS, VISION_TENSORS, merge, rm
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.mrope import vision_rotary_rows
 
-__all__ = ["Head", "embed_samples", "layer_weights", "table_name"]
+__all__ = ["Head", "embed_samples", "layer_weights"]
 
 
 def layer_weights(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def layer_weights(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
     return {n: torch.from_numpy(checkpoint.read(f"model.layers.{layer}.{n}")) for n in DECODER_TENSORS}
 
 
-def table_name(checkpoint: Checkpoint) -> str:
+def _table_name(checkpoint: Checkpoint) -> str:
     """The tensor that the head multiplies with."""
     return "model.embed_tokens.weight" if checkpoint.config.text.tie_word_embeddings else "lm_head.weight"
 
@@ -81,7 +81,7 @@ class Head:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._epsilon = checkpoint.config.text.rms_norm_eps
         self._norm = torch.from_numpy(checkpoint.read("model.norm.weight"))
-        self._table = torch.from_numpy(checkpoint.read(table_name(checkpoint)))
+        self._table = torch.from_numpy(checkpoint.read(_table_name(checkpoint)))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return F.linear(rms_norm(hidden, self._norm, self._epsilon), self._table)

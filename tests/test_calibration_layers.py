@@ -57,8 +57,3 @@ def test_vision_tower_equals_transformers() -> None:
     theirs = theirs if isinstance(theirs, torch.Tensor) else theirs.pooler_output
     assert (ours - theirs).abs().max() < 1e-5
     assert seen == [*layers.VISION_GROUPS] * len(tower.blocks) + [*layers.MERGER_GROUPS]
-
-
-def test_group_of() -> None:
-    assert layers.group_of(layers.DECODER_GROUPS, "mlp.up_proj") == "gate_up"
-    assert layers.group_of(layers.VISION_GROUPS, "mlp.fc2") == "fc2"

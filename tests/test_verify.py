@@ -350,6 +350,14 @@ def test_zeroed_scales_trip_the_stage_that_uses_them(demo, tmp_path, precision, 
     assert drift(folder) == stage
 
 
+def test_a_dead_feed_forward_layer_trips_prefill(tiny, tmp_path):
+    """Where every layer matters; the trained demo hides one in int8 (see COSINE_FLOORS)."""
+    folder = tiny.copy("hybrid", tmp_path)
+    assert check(folder).passed
+    edit_data(folder, "prefill", zero, "model.layers.1.mlp.down_proj.weight.int8.scales")
+    assert drift(folder) == "prefill"
+
+
 LAYERS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj", "self_attn.q_proj+k_proj+v_proj")
 
 
@@ -378,7 +386,7 @@ def test_a_wrong_4_bit_kernel_trips_the_stage_that_runs_it(demo, tmp_path, preci
     names = [f"model.layers.{i}.{layer}.weight.int4b128{suffix}" for i in range(4) for layer in LAYERS]
     edit_data(folder, "decoder", spoil, *names)
     # A decoder that adds nothing at all still says roughly which tokens begin an answer: the next ones give it away.
-    assert drift(folder) == stage or (spoil is zero and drift(folder) == "decode")
+    assert drift(folder) == ("decode" if spoil is zero else stage)
 
 
 def test_nan_in_the_encoder_is_a_drift_with_its_reason(tiny, tmp_path):
