@@ -109,9 +109,11 @@ def _golden(checkpoint: str, folder: Path, bundle: Bundle) -> dict[str, FileEntr
 
 def _check(folder: Path) -> int:
     from edgevl.runtime.golden import replay
+    from edgevl.runtime.golden_seen import record_seen
 
     report = replay(Bundle.open(folder), "ort-cpu")
     if report.first_drift is None:
+        record_seen(folder, report)
         note(f"verified on {report.engine}: {len(report.results)} stages hold")
         return 0
     click.echo(report_table(report))

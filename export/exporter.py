@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from edgevl.export.decoder import write_decoder
 from edgevl.export.dialect_ort import LEAST_ONNXRUNTIME, OrtDialect
@@ -124,8 +123,7 @@ def export_bundle(
             bundle = _write(checkpoint, folder, plan, options, progress)
             if finish is not None:
                 bundle.files.update(finish(folder, bundle))
-            manifest = folder / MANIFEST
-            manifest.write_text(_json(bundle.manifest()), encoding="utf-8")
+            bundle.write_manifest()
     parts = tuple(_part_reports(target, bundle))
     return ExportReport(Path(output), parts, time.monotonic() - started, peak_rss_bytes())
 
@@ -322,9 +320,3 @@ def _part_reports(folder: Path, bundle: Bundle) -> Iterator[PartReport]:
         yield PartReport(part, precision, sizes.pop(part))
     for part, size in sorted(sizes.items()):
         yield PartReport(part, "", size)
-
-
-def _json(data: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"

@@ -16,7 +16,6 @@ exported all the same, without golden vectors. What a stage's golden output come
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,11 +26,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgevl.runtime.bundle import MANIFEST, Bundle, FileEntry, file_sha256
+from edgevl.runtime.bundle import Bundle, FileEntry, file_sha256
 from edgevl.runtime.checkpoint import Checkpoint, expected_shapes
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.errors import BundleError, CheckpointError, InputError
-from edgevl.runtime.golden import GOLDEN_FOLDER, golden_files
+from edgevl.runtime.golden import GOLDEN_FOLDER
 from edgevl.runtime.golden_case import GoldenCase, GoldenVision, vision_name
 from edgevl.runtime.image_processing import VisionGrid
 from edgevl.runtime.prompt import load_chat_template
@@ -135,7 +134,7 @@ def add_golden(
     """
     folder = Path(bundle_folder)
     bundle = Bundle.open(folder)
-    before = golden_files(bundle)
+    before = [name for name in bundle.files if name.startswith(f"{GOLDEN_FOLDER}/")]
     with Checkpoint.open(source) as checkpoint:
         short = _no_reference(checkpoint) or _memory_short(checkpoint.config)
     if short is not None:
@@ -150,13 +149,13 @@ def add_golden(
                 f"{folder}: no golden case fits into {bundle.max_tokens} tokens; export with more max tokens"
             )
         kept = {name: entry for name, entry in bundle.files.items() if name not in before}
-        _write_manifest(replace(bundle, files=kept))
+        replace(bundle, files=kept).write_manifest()
         for name in before:
             (folder / name).unlink(missing_ok=True)
         (folder / GOLDEN_FOLDER).mkdir(exist_ok=True)
         for name in written:
             (partial / name).replace(folder / name)
-        _write_manifest(replace(bundle, files={**kept, **written}))
+        replace(bundle, files={**kept, **written}).write_manifest()
     except OSError as e:
         raise BundleError(f"{folder}: golden vectors cannot be written ({e})") from None
     finally:
@@ -214,16 +213,6 @@ def _check_same(bundle: Bundle, checkpoint: Checkpoint) -> None:
                     f"{checkpoint.folder}: {part} {key} is {theirs[part][key]!r}, in the bundle {value!r}; "
                     "give the checkpoint that the bundle was exported from"
                 )
-
-
-def _write_manifest(bundle: Bundle) -> None:
-    path = bundle.folder / MANIFEST
-    partial = path.with_name(f".{MANIFEST}.partial")
-    try:
-        partial.write_text(json.dumps(bundle.manifest(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

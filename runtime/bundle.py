@@ -100,6 +100,16 @@ class Bundle:
             "files": {name: {"size": f.size, "sha256": f.sha256} for name, f in sorted(self.files.items())},
         }
 
+    def write_manifest(self) -> None:
+        """Write `manifest.json` under a temporary name and rename it."""
+        path = self.path(MANIFEST)
+        partial = path.with_name(f".{MANIFEST}.partial")
+        try:
+            partial.write_text(json.dumps(self.manifest(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
     @classmethod
     def _parse(cls, folder: Path, data: dict[str, Any]) -> Bundle:
         keys = {

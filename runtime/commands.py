@@ -259,6 +259,7 @@ def verify(bundle: str, engine: str, against: str | None, threads: int | None, a
       edgevl verify bundle
     """
     from edgevl.runtime.golden import replay
+    from edgevl.runtime.golden_seen import record_seen
 
     if against is not None:
         _add_golden(bundle, against)
@@ -271,6 +272,8 @@ def verify(bundle: str, engine: str, against: str | None, threads: int | None, a
     if report.first_drift is not None:
         note(f"edgevl: verify: {report.first_drift}")
         return 1
+    if against is not None:
+        record_seen(Path(bundle), report)
     return 0
 
 
