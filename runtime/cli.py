@@ -25,6 +25,7 @@ _COMMANDS = {
     "chat": ("edgevl.runtime.commands", "A conversation at the terminal.", "ort"),
     "verify": ("edgevl.runtime.commands", "Replay a bundle's golden vectors, stage by stage.", "ort"),
     "inspect": ("edgevl.runtime.commands", "What a bundle or a checkpoint holds.", "ort"),
+    "bench": ("edgevl.benchmarks.commands", "Measure bundles: stages, percentiles, memory, energy.", "bench"),
     "doctor": ("edgevl.runtime.commands", "Which engines are usable here, and why the others are not.", "ort"),
 }
 

@@ -1,0 +1,214 @@
+"""The subcommand `bench`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from edgevl.benchmarks.report import SCHEMA, check_libraries, html_page, percentiles, print_table, write_lines
+from edgevl.benchmarks.roofline import Ceilings, decode_bytes, measure_ceilings, prefill_work, vision_work
+from edgevl.benchmarks.stages import STAGES, Job
+from edgevl.benchmarks.system_info import system_info
+from edgevl.benchmarks.workloads import WORKLOADS, Workload, workload
+from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.commands import note
+from edgevl.runtime.engine import ENGINES, usable_cores
+from edgevl.runtime.errors import EdgeVLError, InputError
+
+__all__ = ["bench"]
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...")
+@click.option("--workload", "names", multiple=True, metavar="W", help=f"Several may be given: {', '.join(WORKLOADS)}.")
+@click.option("--size", metavar="WxH", help="Another size of pictures and frames.")
+@click.option("--pictures", type=int, metavar="N", help="Another number of pictures.")
+@click.option("--frames", type=int, metavar="N", help="Another number of video frames.")
+@click.option("--prompt-tokens", type=int, metavar="N", help="Another length of the question.")
+@click.option("--new-tokens", type=int, metavar="N", help="Another length of the answer.")
+@click.option("--concurrency", type=int, metavar="N", help="Requests answered together.")
+@click.option("--requests", default=5, show_default=True, type=click.IntRange(1), help="Measured in every process.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Processes of every case.")
+@click.option(
+    "--minutes", default=0.0, type=click.FloatRange(0), help="Soak: go on at least this long in every process."
+)
+@click.option("--engine", default="ort-cpu", show_default=True, metavar="E", help=f"{', '.join(ENGINES)}.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Worker threads [default: the usable cores].")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of pictures.")
+@click.option("--checkpoint", "kind", default="not told", metavar="TEXT", help="What the weights are, for the report.")
+@click.option("--json", "json_path", metavar="F", help="Write one JSON line per case.")
+@click.option("--report", metavar="F.html", help="Write a page with plots.")
+def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> None:
+    """Measure BUNDLEs: stages, p50 / p95 / p99, cold start, memory, energy, share of what the machine could do.
+
+    Every case runs in processes of its own, in turn with the others, so that what else the machine does hits all alike.
+
+    \b
+    Example:
+      edgevl bench bundle --workload picture --workload document --report bench.html
+    """
+    check_libraries(page=options["report"] is not None)
+    works = [_workload(name, options) for name in names or ("picture",)]
+    for bundle in bundles:
+        Bundle.open(bundle)
+    if options["engine"] not in (*ENGINES, "auto"):
+        raise InputError(f"engine {options['engine']!r} is unknown; expected auto, {', '.join(ENGINES)}")
+    for key in ("json_path", "report"):
+        _check_output(options[key])
+    threads = options["threads"] or usable_cores()
+    note("measuring the machine's ceilings")
+    ceilings = measure_ceilings(threads)
+    system = system_info(threads)
+    cores = tuple(sorted(os.sched_getaffinity(0))[:threads]) if hasattr(os, "sched_getaffinity") else ()
+    jobs = [
+        Job(bundle, work, options["engine"], threads, options["requests"], options["minutes"], options["seed"], cores)
+        for bundle in bundles
+        for work in works
+    ]
+    measured = _run(jobs, options["rounds"])
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    head = {"schema": SCHEMA, "date": date, "system": system, "checkpoint": options["kind"]}
+    cases = [{**head, **case_of(job, rounds, ceilings)} for job, rounds in zip(jobs, measured)]
+    print_table(cases)
+    if options["json_path"]:
+        write_lines(Path(options["json_path"]), cases)
+    if options["report"]:
+        path = Path(options["report"])
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(html_page(cases), encoding="utf-8")
+        partial.replace(path)
+        note(f"report: {path}")
+
+
+def _workload(name: str, options: dict[str, Any]) -> Workload:
+    changes = {k: options[k] for k in ("pictures", "frames", "prompt_tokens", "new_tokens", "concurrency")}
+    if options["size"] is not None:
+        try:
+            changes["width"], changes["height"] = (int(x) for x in options["size"].lower().split("x"))
+        except ValueError:
+            raise InputError(f"size {options['size']!r}: expected WIDTHxHEIGHT, such as 448x448") from None
+    return workload(name, **changes)
+
+
+def _check_output(path: str | None) -> None:
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise InputError(f"{Path(path).parent}: no such folder; create it, or choose another output")
+
+
+def _run(jobs: list[Job], rounds: int) -> list[list[dict[str, Any]]]:
+    """What every job's processes measured; the order rotates from round to round."""
+    results: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    with tqdm(total=rounds * len(jobs), unit="process", file=sys.stderr, disable=None, leave=False) as bar:
+        for number in range(rounds):
+            for offset in range(len(jobs)):
+                index = (number + offset) % len(jobs)
+                bar.set_postfix_str(f"{Path(jobs[index].bundle).name} {jobs[index].workload.name}")
+                results[index].append(_measure(jobs[index]))
+                bar.update()
+    return results
+
+
+def _measure(job: Job) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "edgevl.benchmarks.stages"]
+    text = json.dumps(asdict(replace(job, spawned=time.time())))
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        name = f"{Path(job.bundle).name}, workload {job.workload.name!r}"
+        raise EdgeVLError(f"{name}: {last.split(': ', 1)[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def case_of(job: Job, rounds: list[dict[str, Any]], ceilings: Ceilings) -> dict[str, Any]:
+    """The JSON object of one bundle and workload, without what is the same for all cases."""
+    bundle, work = Bundle.open(job.bundle), job.workload
+    requests = [{**r, "round": n} for n, m in enumerate(rounds) for r in m["requests"]]
+    steps = [s for r in requests for s in r["steps_s"]]
+    rates = [work.concurrency * len(r["steps_s"]) / sum(r["steps_s"]) for r in requests if r["steps_s"]]
+    stages = {s: percentiles([r["stages"][s] for r in requests]) for s in STAGES}
+    return {
+        "bundle": bundle.folder.name,
+        "precision": bundle.precision,
+        "engine": rounds[0]["engine"],
+        "workload": asdict(work),
+        "describe": work.describe,
+        "seed": job.seed,
+        "minutes": job.minutes,
+        "cold_s": [m["cold_s"] for m in rounds],
+        "open_s": [m["open_s"] for m in rounds],
+        "ttft_s": percentiles([r["ttft_s"] for r in requests]),
+        "tpot_s": percentiles(steps),
+        "tokens_per_s": percentiles(rates),
+        "total_s": percentiles([r["total_s"] for r in requests]),
+        "detokenize_s": percentiles([r["detokenize_s"] for r in requests]),
+        "stages": stages,
+        "memory_mb": {"peak": max(m["peak_mb"] for m in rounds), "after_open": max(m["rss_open_mb"] for m in rounds)},
+        "energy": _energy(rounds, requests),
+        "roofline": _shares(bundle, work, requests, stages, steps, ceilings),
+        "throttled": None if rounds[0]["throttled"] is None else sum(m["throttled"] for m in rounds),
+        "warm_up": [m["warm_up"] for m in rounds],
+        "requests": requests,
+    }
+
+
+def _energy(rounds: list[dict[str, Any]], requests: list[dict[str, Any]]) -> dict[str, Any]:
+    known = [r for r in requests if r["joules"] is not None]
+    before = [r["joules_before_decode"] for r in known if r["joules_before_decode"] is not None]
+    after = [
+        (r["joules"] - r["joules_before_decode"], r["new_tokens"])
+        for r in known
+        if r["joules_before_decode"] is not None
+    ]
+    tokens = sum(n for _, n in after)
+    return {
+        "j_per_request": sum(r["joules"] for r in known) / len(known) if known else None,
+        "j_before_first_token": sum(before) / len(before) if before else None,
+        "j_per_token": sum(j for j, _ in after) / tokens if tokens else None,
+        "sources": rounds[0]["energy_sources"],
+        "absent": rounds[0]["energy_absent"],
+    }
+
+
+def _shares(
+    bundle: Bundle,
+    work: Workload,
+    requests: list[dict[str, Any]],
+    stages: dict[str, dict[str, float]],
+    steps: list[float],
+    ceilings: Ceilings,
+) -> dict[str, Any]:
+    """Achieved rates over the ceilings. Vision and prefill against the int8 GEMM rate (all operations counted, those of
+    attention too, which run in float: a share near 1 is out of reach where attention is large)."""
+    out: dict[str, Any] = {
+        "read_gb_s": ceilings.read_gb_s,
+        "gemm_gop_s": ceilings.gemm_gop_s,
+        "absent": ceilings.absent,
+    }
+    prompt = requests[0]["prompt_tokens"] / work.concurrency
+    if steps:
+        context = prompt + work.new_tokens / 2
+        weights = decode_bytes(bundle, 0)
+        moved = weights + work.concurrency * (decode_bytes(bundle, int(context)) - weights)
+        out["decode"] = moved / percentiles(steps)["p50"] / 1e9 / ceilings.read_gb_s
+        out["decode_bytes"] = moved
+    rate = ceilings.gemm_gop_s.get("int8", ceilings.gemm_gop_s["fp32"])
+    if work.concurrency == 1:
+        todo = prefill_work(bundle.model, int(prompt))
+        out["prefill"] = (todo.gemm + todo.attention) / stages["prefill_s"]["p50"] / 1e9 / rate
+    tokens, merge = requests[0]["image_tokens"], bundle.model.vision.spatial_merge_size**2
+    if tokens:
+        per = tokens * merge // max(1, work.concurrency * (work.pictures + -(-work.frames // 2)))
+        todo = vision_work(bundle.model, tokens * merge // per, per)
+        out["vision"] = (todo.gemm + todo.attention) / stages["vision_s"]["p50"] / 1e9 / rate
+    return out

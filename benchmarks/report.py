@@ -1,0 +1,283 @@
+"""The results of `edgevl bench`: one JSON line per case, a table, and a self-contained HTML page with plots.
+
+JSON lines, schema `edgevl.bench/1`. One object per bundle and workload:
+
+    schema, date, system      what it was measured on (see system_info.py)
+    bundle, precision, checkpoint   the bundle's folder name, its precision, what its weights are (as the caller says)
+    engine, workload, seed    engine name; the fields of Workload
+    cold_s, open_s            per round: process start to first token, and opening the bundle
+    ttft_s, tpot_s, tokens_per_s, total_s, stages.<name>   {"p50", "p95", "p99", "min", "max", "n"} over all requests
+    memory_mb                 {"peak", "after_open"}: the process's own, largest over rounds
+    energy                    {"j_per_request", "j_before_first_token", "j_per_token", "sources", "absent"}
+    roofline                  {"read_gb_s", "gemm_gop_s", "decode", "prefill", "vision"}: ceilings and shares reached
+    throttled                 how often the processor throttled while measuring, null where it does not count
+    requests                  every request as it was measured
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from edgevl.benchmarks.stages import STAGES
+from edgevl.runtime.errors import EdgeVLError, InputError
+
+__all__ = ["SCHEMA", "check_libraries", "html_page", "percentiles", "print_table", "read_lines", "write_lines"]
+
+SCHEMA = "edgevl.bench/1"
+_PAGE = Path(__file__).with_name("report.html.jinja")
+# Picked apart by lightness too, for readers who see few colours.
+_COLOURS = ("#1b4f72", "#2e86c1", "#85c1e9", "#b9770e", "#f5b041", "#7d3c98", "#27ae60", "#c0392b")
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p95 and p99 (linear between order statistics), least and largest, and how many there were."""
+    if not values:
+        return {"n": 0}
+    p50, p95, p99 = (float(x) for x in np.percentile(np.asarray(values, float), (50, 95, 99)))
+    return {"p50": p50, "p95": p95, "p99": p99, "min": min(values), "max": max(values), "n": len(values)}
+
+
+def write_lines(path: Path, cases: Sequence[dict[str, Any]]) -> None:
+    """Write the cases as JSON lines, under a temporary name first."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Cases written by `write_lines`.
+
+    Raises:
+        InputError: not such a file.
+    """
+    try:
+        cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: not a file of JSON lines ({e}); expected what `edgevl bench --json` wrote") from None
+    for case in cases:
+        if not isinstance(case, dict) or case.get("schema") != SCHEMA:
+            got = case.get("schema") if isinstance(case, dict) else type(case).__name__
+            raise InputError(f"{path}: schema {got!r}, this edgevl reads {SCHEMA!r}; measure again")
+    return cases
+
+
+def print_table(cases: Sequence[dict[str, Any]]) -> None:
+    """Two tables on stdout: latency and memory, and the stages; below them what was asked."""
+    console = _library("rich.console").Console(highlight=False)
+    if not console.is_terminal:  # 80 columns would cut every header
+        console.width = 120
+    latency = _table("latency: p50 (p95)", ("cold s", "TTFT s", "ms / token", "tokens / s", "peak MB", "J / token"))
+    for case in cases:
+        latency.add_row(
+            case["bundle"],
+            case["workload"]["name"],
+            f"{statistics.median(case['cold_s']):.2f}",
+            _cell(case["ttft_s"], 3),
+            _cell(case["tpot_s"], 1, 1e3),
+            f"{case['tokens_per_s']['p50']:.1f}" if case["tokens_per_s"]["n"] else "",
+            f"{case['memory_mb']['peak']:,.0f}",
+            "no sensor" if case["energy"]["j_per_token"] is None else f"{case['energy']['j_per_token']:.2f}",
+        )
+    kinds = ("vision", "prefill", "decode")
+    names = (*(s.removesuffix("_s") for s in STAGES), *(f"{k} %" for k in kinds))
+    stages = _table("stages before the first token: ms, p50; and % of what the machine could do at most", names)
+    for case in cases:
+        times = [f"{case['stages'][s]['p50'] * 1e3:.1f}" for s in STAGES]
+        shares = [case["roofline"].get(k) for k in kinds]
+        shown = ["" if x is None else f"{100 * x:.0f}" for x in shares]
+        stages.add_row(case["bundle"], case["workload"]["name"], *times, *shown)
+    console.print(latency)
+    console.print(stages)
+    for text in dict.fromkeys(f"{c['workload']['name']}: {c['describe']}" for c in cases):
+        console.print(text)
+    for text in dict.fromkeys(f"{c['bundle']}: {c['precision']}, {c['engine']}" for c in cases):
+        console.print(text)
+
+
+def _table(title: str, numbers: Sequence[str]) -> Any:
+    table = _library("rich.table").Table(title=title, title_justify="left", box=_library("rich.box").SIMPLE_HEAD)
+    for name in ("bundle", "workload"):
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _cell(values: dict[str, float], digits: int, scale: float = 1.0) -> str:
+    if not values["n"]:
+        return ""
+    return f"{values['p50'] * scale:.{digits}f} ({values['p95'] * scale:.{digits}f})"
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def html_page(cases: Sequence[dict[str, Any]], fidelity: dict[str, Any] | None = None) -> str:
+    """One page without references to other files. `fidelity`: bundle name -> KL, for precision against speed."""
+    plots = [("Before the first token", "Where the time of a request goes, median of each stage.", _stage_bars(cases))]
+    plots.append(
+        ("Time to first token", "Every measured request; pictures differ.", _distribution(cases, "ttft_s", 1.0, "s"))
+    )
+    plots.append(("Time per token", "Every step after the first token.", _distribution(cases, "steps_s", 1e3, "ms")))
+    plots.append(("Memory", "Resident memory after every request.", _memory(cases)))
+    if any(case["roofline"].get("decode") is not None for case in cases):
+        plots.append(
+            (
+                "Against the machine's ceilings",
+                "Share of measured bandwidth (decode) and int8 GEMM rate.",
+                _roofline(cases),
+            )
+        )
+    if any(len(case["requests"]) > 1 and case["minutes"] for case in cases):
+        plots.append(("Over time", "Time to first token while the machine heats up.", _soak(cases)))
+    if fidelity:
+        plots.append(("What precision costs", "KL to the original against speed.", _precision(cases, fidelity)))
+    template = jinja2.Environment(autoescape=True).from_string(_PAGE.read_text(encoding="utf-8"))
+    return template.render(
+        cases=cases, plots=plots, system=cases[0]["system"], date=cases[0]["date"], cell=_cell, median=statistics.median
+    )
+
+
+def _figure(height: float = 3.2) -> tuple[Any, Any]:
+    matplotlib = _library("matplotlib")
+    matplotlib.use("Agg")
+    pyplot = _library("matplotlib.pyplot")
+    matplotlib.rcParams.update(
+        {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    return pyplot.subplots(figsize=(8, height), layout="constrained")
+
+
+def _svg(figure: Any) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    _library("matplotlib.pyplot").close(figure)
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _names(cases: Sequence[dict[str, Any]]) -> list[str]:
+    several = len({case["workload"]["name"] for case in cases}) > 1
+    return [case["bundle"] + (f"\n{case['workload']['name']}" if several else "") for case in cases]
+
+
+def _stage_bars(cases: Sequence[dict[str, Any]]) -> str:
+    figure, axes = _figure(1.0 + 0.5 * len(cases))
+    left = np.zeros(len(cases))
+    for stage, colour in zip(STAGES, _COLOURS):
+        width = np.array([case["stages"][stage]["p50"] for case in cases])
+        axes.barh(range(len(cases)), width, left=left, color=colour, label=stage.removesuffix("_s"), height=0.6)
+        left += width
+    axes.set_yticks(range(len(cases)), _names(cases))
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    figure.legend(ncols=len(STAGES), loc="outside upper center", frameon=False)
+    return _svg(figure)
+
+
+def _distribution(cases: Sequence[dict[str, Any]], key: str, scale: float, unit: str) -> str:
+    figure, axes = _figure(1.0 + 0.5 * len(cases))
+    rng = np.random.default_rng(0)
+    for i, case in enumerate(cases):
+        if key == "steps_s":
+            values = np.array([s for r in case["requests"] for s in r["steps_s"]])
+        else:
+            values = np.array([r[key] for r in case["requests"]])
+        if not len(values):
+            continue
+        shown = values if len(values) <= 400 else rng.choice(values, 400, replace=False)
+        axes.plot(
+            shown * scale, i + rng.uniform(-0.2, 0.2, len(shown)), ".", color=_COLOURS[1], alpha=0.5, markersize=4
+        )
+        for q, style in ((50, "-"), (95, "--"), (99, ":")):
+            at = float(np.percentile(values, q)) * scale
+            axes.plot([at, at], [i - 0.35, i + 0.35], style, color=_COLOURS[7], label=f"p{q}" if i == 0 else None)
+    axes.set_yticks(range(len(cases)), _names(cases))
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(unit)
+    figure.legend(ncols=3, loc="outside upper center", frameon=False)
+    return _svg(figure)
+
+
+def _memory(cases: Sequence[dict[str, Any]]) -> str:
+    figure, axes = _figure()
+    for case, colour, name in zip(cases, _cycle(len(cases)), _names(cases)):
+        axes.plot([r["at_s"] + r["total_s"] for r in case["requests"]], [r["rss_mb"] for r in case["requests"]], "o-",
+                  markersize=3, color=colour, label=name.replace("\n", ", "))  # fmt: skip
+        axes.axhline(case["memory_mb"]["peak"], color=colour, linestyle=":", linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("seconds since the first measured request (dotted: peak)")
+    axes.set_ylabel("MB")
+    figure.legend(ncols=2, loc="outside upper center", frameon=False)
+    return _svg(figure)
+
+
+def _roofline(cases: Sequence[dict[str, Any]]) -> str:
+    figure, axes = _figure(1.0 + 0.6 * len(cases))
+    kinds = ("vision", "prefill", "decode")
+    for k, (kind, colour) in enumerate(zip(kinds, _COLOURS)):
+        shares = [100 * (case["roofline"].get(kind) or 0) for case in cases]
+        axes.barh(np.arange(len(cases)) + 0.25 * (k - 1), shares, height=0.22, color=colour, label=kind)
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(cases)), _names(cases))
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the ceiling")
+    figure.legend(ncols=3, loc="outside upper center", frameon=False)
+    return _svg(figure)
+
+
+def _soak(cases: Sequence[dict[str, Any]]) -> str:
+    figure, axes = _figure()
+    for case, colour, name in zip(cases, _cycle(len(cases)), _names(cases)):
+        times = [r["at_s"] / 60 for r in case["requests"]]
+        axes.plot(times, [r["ttft_s"] for r in case["requests"]], color=colour, label=name.replace("\n", ", "))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("minutes")
+    axes.set_ylabel("TTFT, s")
+    hot = [(r["at_s"] / 60, r["celsius"]) for r in cases[0]["requests"] if r["celsius"] is not None]
+    if hot:
+        other = axes.twinx()
+        other.plot(*zip(*hot), color=_COLOURS[7], linewidth=0.8)
+        other.set_ylabel("°C", color=_COLOURS[7])
+    figure.legend(ncols=2, loc="outside upper center", frameon=False)
+    return _svg(figure)
+
+
+def _precision(cases: Sequence[dict[str, Any]], fidelity: dict[str, Any]) -> str:
+    figure, axes = _figure()
+    for case, colour in zip(cases, _cycle(len(cases))):
+        if case["bundle"] in fidelity and case["tokens_per_s"]["n"]:
+            kl = fidelity[case["bundle"]]
+            axes.plot(case["tokens_per_s"]["p50"], kl, "o", color=colour)
+            axes.annotate(case["bundle"], (case["tokens_per_s"]["p50"], kl), xytext=(6, 4), textcoords="offset points")
+    axes.set_xlabel("tokens per second")
+    axes.set_ylabel("KL to the original")
+    axes.set_ylim(bottom=0)
+    return _svg(figure)
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+
+
+def check_libraries(page: bool) -> None:
+    """Raises EdgeVLError where the table (or the page) could not be made: better before minutes of measuring."""
+    for name in ("rich", *(("matplotlib",) if page else ())):
+        _library(name)
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        raise EdgeVLError(f"`edgevl bench` needs the package {e.name!r}; pip install 'edgevl[bench]'") from None

@@ -1,0 +1,139 @@
+"""What this machine could do at most, measured, and how close each stage of a model comes.
+
+Decoding reads every weight once per token, so it is bound by memory bandwidth; prefill and the vision encoder multiply
+matrices, so they are bound by the rate of the GEMM kernels (S. Williams et al., "Roofline", CACM 52(4), 2009).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.config import ModelConfig
+
+__all__ = ["Ceilings", "Work", "decode_bytes", "measure_ceilings", "prefill_work", "vision_work"]
+
+# Bytes of one weight, its scales in blocks of 128 or per channel included.
+_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int8-weights": 1 + 4 / 128, "int4": 0.5 + 4 / 128}
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """read_gb_s: bytes read per second by all threads together; gemm_gop_s: by precision, 2·m·k·n per second. None
+    where it could not be measured, with the reason in `absent`."""
+
+    read_gb_s: float
+    gemm_gop_s: dict[str, float]
+    absent: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one stage (a multiplication and an addition are two), matrix products and attention apart."""
+
+    gemm: float
+    attention: float
+
+
+def measure_ceilings(threads: int, megabytes: int = 512) -> Ceilings:
+    """Take the machine's ceilings with `threads` threads; some seconds."""
+    gemm, absent = {"fp32": _fp32_gemm()}, {}
+    try:
+        gemm["int8"] = _int8_gemm(threads)
+    except ModuleNotFoundError as e:
+        absent["int8 GEMM"] = f"needs {e.name}; pip install 'edgevl[ort,export]'"
+    return Ceilings(_read_bandwidth(threads, megabytes), gemm, absent)
+
+
+def decode_bytes(bundle: Bundle, context: int) -> float:
+    """Bytes that one decode step of one row must read: every weight of the layers and the head once, and the keys and
+    values of `context` tokens."""
+    text, graph = bundle.model.text, bundle.graphs["decoder"]
+    each = _WEIGHT_BYTES[graph.precision]
+    head_bits = int(bundle.options.get("head_bits", 8))
+    head = each if graph.precision in ("fp32", "fp16", "bf16") else head_bits / 8 + 4 / 128
+    past = graph.spec.input(graph.spec.cache[0][0])
+    kv = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * np.dtype(past.dtype).itemsize
+    return _layer_weights(bundle.model) * each + text.vocab_size * text.hidden_size * head + kv * context
+
+
+def prefill_work(config: ModelConfig, tokens: int) -> Work:
+    """Of `tokens` prompt tokens through the decoder, one row through the head; causal attention is half the square."""
+    text = config.text
+    gemm = 2.0 * tokens * _layer_weights(config) + 2.0 * text.vocab_size * text.hidden_size
+    attention = 2.0 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * tokens**2
+    return Work(gemm, attention)
+
+
+def vision_work(config: ModelConfig, frames: int, patches: int) -> Work:
+    """Of `frames` frames of `patches` patches each: every frame attends to itself."""
+    v = config.vision
+    block = 4 * v.embed_dim**2 + 2 * v.embed_dim * v.intermediate_size
+    merger = v.merged_dim**2 + v.merged_dim * v.hidden_size
+    gemm = 2.0 * frames * patches * (v.depth * block + v.patch_dim * v.embed_dim + merger / v.spatial_merge_size**2)
+    return Work(gemm, 4.0 * v.depth * frames * patches**2 * v.embed_dim)
+
+
+def _layer_weights(config: ModelConfig) -> int:
+    text = config.text
+    heads, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    layer = text.hidden_size * (heads + 2 * kv) + heads * text.hidden_size
+    layer += 3 * text.hidden_size * text.intermediate_size
+    return layer * text.num_hidden_layers
+
+
+def _read_bandwidth(threads: int, megabytes: int) -> float:
+    """GB/s of summing an array far larger than the caches, cut into one piece per thread."""
+    data = np.ones(megabytes * 1_000_000 // 8, np.int64)
+    pieces = np.array_split(data, threads)
+    best = math.inf
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_REPEATS):
+            began = time.perf_counter()
+            list(pool.map(np.add.reduce, pieces))
+            best = min(best, time.perf_counter() - began)
+    return data.nbytes / best / 1e9
+
+
+def _fp32_gemm() -> float:
+    """GOP/s of numpy's BLAS, with the threads that it was given."""
+    a, b = np.ones((512, 1536), np.float32), np.ones((1536, 4480), np.float32)
+    out = np.empty((512, 4480), np.float32)
+    best = math.inf
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        np.matmul(a, b, out=out)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * a.size * b.shape[1] / best / 1e9
+
+
+def _int8_gemm(threads: int) -> float:
+    """GOP/s of ONNX Runtime's u8 x s8 product, the fastest integer kernel that a CPU bundle uses."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    rows, k, n = 512, 1536, 4480
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([rows, k]))
+    weight = ir.Value(name="w", type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape([k, n]))
+    weight.const_value = ir.tensor(np.ones((k, n), np.int8), name="w")
+    node = ir.Node("", "MatMulInteger", [x, weight])
+    y = node.outputs[0]
+    y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.INT32), ir.Shape([rows, n])
+    graph = ir.Graph([x], [y], nodes=[node], initializers=[weight], opset_imports={"": 21}, name="gemm")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    content = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    feeds = {"x": np.ones((rows, k), np.uint8)}
+    best = math.inf
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        session.run(None, feeds)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * rows * k * n / best / 1e9
