@@ -209,14 +209,22 @@ def _distribution(cases: Sequence[dict[str, Any]], key: str, scale: float, unit:
     return _svg(figure)
 
 
+def _rounds(case: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The requests of each process: every one counts its seconds anew."""
+    numbers = sorted({r["round"] for r in case["requests"]})
+    return [[r for r in case["requests"] if r["round"] == n] for n in numbers]
+
+
 def _memory(cases: Sequence[dict[str, Any]]) -> str:
     figure, axes = _figure()
     for case, colour, name in zip(cases, _cycle(len(cases)), _names(cases)):
-        axes.plot([r["at_s"] + r["total_s"] for r in case["requests"]], [r["rss_mb"] for r in case["requests"]], "o-",
-                  markersize=3, color=colour, label=name.replace("\n", ", "))  # fmt: skip
+        for n, requests in enumerate(_rounds(case)):
+            seconds, resident = [r["at_s"] + r["total_s"] for r in requests], [r["rss_mb"] for r in requests]
+            label = name.replace("\n", ", ") if n == 0 else None
+            axes.plot(seconds, resident, "o-", markersize=3, color=colour, label=label)
         axes.axhline(case["memory_mb"]["peak"], color=colour, linestyle=":", linewidth=0.8)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("seconds since the first measured request (dotted: peak)")
+    axes.set_xlabel("seconds since the first measured request of each process (dotted: peak)")
     axes.set_ylabel("MB")
     figure.legend(ncols=2, loc="outside upper center", frameon=False)
     return _svg(figure)
@@ -239,12 +247,13 @@ def _roofline(cases: Sequence[dict[str, Any]]) -> str:
 def _soak(cases: Sequence[dict[str, Any]]) -> str:
     figure, axes = _figure()
     for case, colour, name in zip(cases, _cycle(len(cases)), _names(cases)):
-        times = [r["at_s"] / 60 for r in case["requests"]]
-        axes.plot(times, [r["ttft_s"] for r in case["requests"]], color=colour, label=name.replace("\n", ", "))
+        for n, requests in enumerate(_rounds(case)):
+            label = name.replace("\n", ", ") if n == 0 else None
+            axes.plot([r["at_s"] / 60 for r in requests], [r["ttft_s"] for r in requests], color=colour, label=label)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("minutes")
     axes.set_ylabel("TTFT, s")
-    hot = [(r["at_s"] / 60, r["celsius"]) for r in cases[0]["requests"] if r["celsius"] is not None]
+    hot = [(r["at_s"] / 60, r["celsius"]) for r in _rounds(cases[0])[0] if r["celsius"] is not None]
     if hot:
         other = axes.twinx()
         other.plot(*zip(*hot), color=_COLOURS[7], linewidth=0.8)
