@@ -5,7 +5,7 @@ DEMO_VENV ?= .venv-demo
 BIN = $(VENV)/bin
 PIP = install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test oldest lint bench wheel demo-model clean
+.PHONY: demo test oldest lint bench bench-check wheel demo-model clean
 
 # The main job on real input; installs no torch.
 demo: $(DEMO_VENV)/.ready
@@ -43,6 +43,10 @@ wheel: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m edgevl.benchmarks.latency
+
+# Stages of the demo over fixed kernels, against this processor's stored baseline: flags what got over 10 % slower.
+bench-check: $(VENV)/.ready
+	$(BIN)/python -m edgevl.benchmarks.check $(if $(UPDATE),--update)
 
 # Trains demo/model again, from the first weights of the repository's history: hours (demo/training/README.md).
 FIRST_WEIGHTS = 3f22e1e3d178c0135bcc129cd8543b73fbf77365

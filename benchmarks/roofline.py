@@ -6,8 +6,8 @@ matrices, so they are bound by the rate of the GEMM kernels (S. Williams et al.,
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,7 +16,16 @@ import numpy as np
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.config import ModelConfig
 
-__all__ = ["Ceilings", "Work", "decode_bytes", "measure_ceilings", "prefill_work", "vision_work"]
+__all__ = [
+    "Ceilings",
+    "Work",
+    "decode_bytes",
+    "int8_product",
+    "measure_ceilings",
+    "prefill_work",
+    "timed",
+    "vision_work",
+]
 
 # Bytes of one weight, its scales in blocks of 128 or per channel included.
 _WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int8-weights": 1 + 4 / 128, "int4": 0.5 + 4 / 128}
@@ -88,37 +97,22 @@ def _layer_weights(config: ModelConfig) -> int:
     return layer * text.num_hidden_layers
 
 
-def _read_bandwidth(threads: int, megabytes: int) -> float:
-    """GB/s of summing an array far larger than the caches, cut into one piece per thread."""
-    data = np.ones(megabytes * 1_000_000 // 8, np.int64)
-    pieces = np.array_split(data, threads)
-    best = math.inf
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(_REPEATS):
-            began = time.perf_counter()
-            list(pool.map(np.add.reduce, pieces))
-            best = min(best, time.perf_counter() - began)
-    return data.nbytes / best / 1e9
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
 
 
-def _fp32_gemm() -> float:
-    """GOP/s of numpy's BLAS, with the threads that it was given."""
-    a, b = np.ones((512, 1536), np.float32), np.ones((1536, 4480), np.float32)
-    out = np.empty((512, 4480), np.float32)
-    best = math.inf
-    for _ in range(_REPEATS):
-        began = time.perf_counter()
-        np.matmul(a, b, out=out)
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * a.size * b.shape[1] / best / 1e9
+def int8_product(threads: int, rows: int, k: int, n: int) -> Callable[[], object]:
+    """ONNX Runtime's u8 x s8 product of [rows, k] and [k, n], the fastest integer kernel that a CPU bundle uses.
 
-
-def _int8_gemm(threads: int) -> float:
-    """GOP/s of ONNX Runtime's u8 x s8 product, the fastest integer kernel that a CPU bundle uses."""
+    Raises:
+        ModuleNotFoundError: onnx-ir is not installed.
+    """
     import onnx_ir as ir
     import onnxruntime as ort
 
-    rows, k, n = 512, 1536, 4480
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([rows, k]))
     weight = ir.Value(name="w", type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape([k, n]))
     weight.const_value = ir.tensor(np.ones((k, n), np.int8), name="w")
@@ -131,9 +125,27 @@ def _int8_gemm(threads: int) -> float:
     content = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     feeds = {"x": np.ones((rows, k), np.uint8)}
-    best = math.inf
-    for _ in range(_REPEATS):
-        began = time.perf_counter()
-        session.run(None, feeds)
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * rows * k * n / best / 1e9
+    return lambda: session.run(None, feeds)
+
+
+def _read_bandwidth(threads: int, megabytes: int) -> float:
+    """GB/s of summing an array far larger than the caches, cut into one piece per thread."""
+    data = np.ones(megabytes * 1_000_000 // 8, np.int64)
+    pieces = np.array_split(data, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        best = min(timed(lambda: list(pool.map(np.add.reduce, pieces))) for _ in range(_REPEATS))
+    return data.nbytes / best / 1e9
+
+
+def _fp32_gemm() -> float:
+    """GOP/s of numpy's BLAS, with the threads that it was given."""
+    a, b = np.ones((512, 1536), np.float32), np.ones((1536, 4480), np.float32)
+    out = np.empty((512, 4480), np.float32)
+    best = min(timed(lambda: np.matmul(a, b, out=out)) for _ in range(_REPEATS))
+    return 2.0 * a.size * b.shape[1] / best / 1e9
+
+
+def _int8_gemm(threads: int) -> float:
+    """GOP/s of the integer product at a shape of Qwen2-VL-2B."""
+    product = int8_product(threads, 512, 1536, 4480)
+    return 2.0 * 512 * 1536 * 4480 / min(timed(product) for _ in range(_REPEATS)) / 1e9

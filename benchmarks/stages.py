@@ -35,7 +35,7 @@ from edgevl.runtime.image_loading import load_image
 from edgevl.runtime.image_processing import ProcessedImage, preprocess_frames, preprocess_image, smart_resize
 from edgevl.runtime.vision import EncodedImage, VisionStage, content_key
 
-__all__ = ["STAGES", "Job", "Measured", "Request", "run_job"]
+__all__ = ["STAGES", "Job", "Measured", "Request", "Runner", "run_job"]
 
 STAGES = ("file_s", "resize_s", "patches_s", "vision_s", "prompt_s", "prefill_s")
 
@@ -108,7 +108,7 @@ def run_job(job: Job) -> Measured:
     model = VisionLanguageModel.open(job.bundle, job.engine, threads=job.threads)
     open_s = time.perf_counter() - began
     rss_open = _rss_mb()
-    runner = _Runner(model, job)
+    runner = Runner(model, job)
     with EnergyMeter() as meter:
         first: list[float] = []
         warm_up = runner.request(0, meter.read, lambda: first.append(time.time() - spawned))
@@ -152,7 +152,7 @@ class _Clock:
         self._at = now
 
 
-class _Runner:
+class Runner:
     """Requests of one workload to one model."""
 
     def __init__(self, model: VisionLanguageModel, job: Job) -> None:
@@ -161,7 +161,10 @@ class _Runner:
         self._vision = VisionStage(model.engine.vision, model.config, model.bundle.image_processor)
 
     def request(
-        self, number: int, joules: Callable[[], float | None], on_first: Callable[[], None] = lambda: None
+        self,
+        number: int,
+        joules: Callable[[], float | None] = lambda: None,
+        on_first: Callable[[], None] = lambda: None,
     ) -> Request:
         """Answer request `number` (all its rows, where several are asked at once)."""
         work, model, seed = self._work, self._model, self._job.seed

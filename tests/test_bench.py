@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import Pair
 from PIL import Image
 from test_cli import edgevl
 
+from edgevl.benchmarks import check
+from edgevl.benchmarks.check import compare
 from edgevl.benchmarks.energy import EnergyMeter, heat
 from edgevl.benchmarks.report import SCHEMA, html_page, percentiles, read_lines
 from edgevl.benchmarks.roofline import decode_bytes, measure_ceilings, prefill_work, vision_work
@@ -109,13 +112,13 @@ def test_the_timed_path_gives_the_runtimes_answer(tiny: Pair, monkeypatch):
 
     work = Workload("w", 120, 70, new_tokens=5, prompt_tokens=8)
     seen = []
-    original = stages._Runner._answer
+    original = stages.Runner._answer
 
     def answer(self, *arguments):
         seen.append(original(self, *arguments))
         return seen[-1]
 
-    monkeypatch.setattr(stages._Runner, "_answer", answer)
+    monkeypatch.setattr(stages.Runner, "_answer", answer)
     run_job(Job(str(tiny.bundle), work, threads=1, requests=1))
     with VisionLanguageModel.open(tiny.bundle, "ort-cpu", threads=1) as model:
         for request in (0, 1):
@@ -354,3 +357,35 @@ main(sys.argv[1:])
         [sys.executable, "-c", code, "bench", str(tiny.bundle), *sizes], capture_output=True, text=True
     )
     assert done.returncode == 2 and "pip install 'edgevl[bench]'" in done.stderr.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- the guard against regressions
+
+
+def test_the_guard_tells_a_slower_stage_from_noise():
+    before = {"vision_s": 2.0, "prefill_s": 1.0, "step_s": 0.5}
+    found = {"vision_s": 2.19, "prefill_s": 1.11, "step_s": 0.1}
+    assert [(s, bad) for s, _, bad in compare(found, before)] == [
+        ("vision_s", False),
+        ("prefill_s", True),
+        ("step_s", False),
+    ]
+    assert compare(found, before)[1][1] == pytest.approx(0.11)
+
+
+def test_the_guard_writes_reads_and_trips(tiny: Pair, tmp_path, monkeypatch):
+    path = tmp_path / "baseline.json"
+    monkeypatch.setattr(check, "_WORK", Workload("check", 56, 56, new_tokens=3))
+    arguments = ["--checkpoint", str(tiny.checkpoint), "--repeats", "2", "--baseline", str(path)]
+    done = CliRunner().invoke(check.main, arguments)
+    assert done.exit_code == 2 and "no baseline" in done.output
+    assert CliRunner().invoke(check.main, [*arguments, "--update"]).exit_code == 0
+    stored = json.loads(path.read_text())
+    (machine,) = stored
+    assert set(stored[machine]) == {"int4", "fp32"} and all(v > 0 for v in stored[machine]["int4"].values())
+    for factor, status in ((1e6, 0), (1e-6, 1)):  # a baseline that anything beats, and one that nothing does
+        scaled = {p: {s: v * factor for s, v in stages.items()} for p, stages in stored[machine].items()}
+        path.write_text(json.dumps({machine: scaled}))
+        done = CliRunner().invoke(check.main, arguments)
+        assert done.exit_code == status, done.output
+        assert ("SLOWER" in done.output) == bool(status)
