@@ -66,7 +66,7 @@ def _sampling_options(command: _Command) -> _Command:
             "lookup_tokens",
             type=int,
             metavar="N",
-            help="Draft up to N tokens where the answer repeats what was said; changes no token, pauses where it is slow.",
+            help="Draft up to N tokens where an answer repeats what was said; the tokens stay the same.",
         ),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text (repeatable)."),
         click.option("--seed", type=int, help="Seed of the draws."),

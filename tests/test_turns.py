@@ -13,6 +13,7 @@ from conftest import Pair
 from PIL import Image
 
 from edgevl.runtime.chat import ChatSession
+from edgevl.runtime.errors import CapacityError, EngineError, InputError
 from edgevl.runtime.generation import VisionLanguageModel
 from edgevl.runtime.row import Row
 
@@ -181,3 +182,212 @@ class TestMatrix:
         ask(kept, other)
         again = ask(kept, whole)
         assert all(a == len(kept.prepare(m).ids) - 1 for a, m in zip(again, whole))
+
+
+def expect(room: Room, messages: list[dict[str, Any]], done: Any) -> None:
+    assert room.check(messages) == list(done.token_ids)
+
+
+def test_a_wrong_cache_would_be_seen(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrix can fail: with pictures taken for equal, or positions off by one, the logits are far from close."""
+    messages = [user("Read it.", SECOND["one"])]
+    for broken in ("contents", "positions"):
+        chat = room.models["whole"].chat()
+        chat.send("Read it.", **split(FIRST["one"]), **GREEDY)
+        chat.undo()
+        with monkeypatch.context() as patch:
+            if broken == "contents":  # equal ids are enough
+                patch.setattr(
+                    "edgevl.runtime.chat.common_prefix", lambda a, b: int((a[: len(b), 0] == b[: len(a), 0]).sum())
+                )
+            else:
+                patch.setattr("edgevl.runtime.row.Row.position", property(lambda self: len(self.sequence)))
+            chat.send("Read it.", **split(SECOND["one"]), **GREEDY)
+        with pytest.raises(AssertionError):
+            room.check(messages)
+
+
+def test_edit(room: Room) -> None:
+    chat, history = chat_to(room, "whole", "one")
+    chat.send("And this?", **split(SECOND["one"]), **GREEDY)
+    kept = chat.edit("How many?", **GREEDY)
+    expect(room, [*history, user("How many?", SECOND["one"])], kept)
+    assert kept.timings.vision_s == 0 and kept.usage.cached_images == 2
+    other = chat.edit("How many?", images=OTHER["two equal"], **GREEDY)
+    expect(room, [*history, user("How many?", OTHER["two equal"])], other)
+    none = chat.edit("How many?", images=(), **GREEDY)
+    expect(room, [*history, user("How many?")], none)
+    assert len(chat.messages) == 4
+    for _ in range(2):
+        chat.undo()
+    with pytest.raises(InputError, match="nothing was asked yet"):
+        chat.edit("How many?")
+
+
+def test_fork_is_independent_and_copies_late(room: Room) -> None:
+    chat, history = chat_to(room, "whole", "two equal")
+    branches = [chat.fork() for _ in range(2)]
+    assert all(b._store is chat._store for b in branches)  # nothing was copied
+    for branch, seeds in zip([chat, *branches], (FIRST, SECOND, OTHER)):
+        done = branch.send("And this?", **split(seeds["one"]), **GREEDY)
+        expect(room, [*history, user("And this?", seeds["one"])], done)
+        assert done.usage.cached_tokens > 40
+    assert len({id(b._store) for b in (chat, *branches)}) == 3
+    for branch in (branches[1], chat):  # each goes on in its own past
+        past = [m if m["role"] == "assistant" else None for m in branch.messages]
+        seeds = OTHER if branch is branches[1] else FIRST
+        messages = [*history, user("And this?", seeds["one"]), past[3], user("Again?")]
+        expect(room, messages, branch.send("Again?", **GREEDY))
+    chat.undo()
+    assert len(branches[0].messages) == 4  # the others' messages are theirs
+
+
+def test_a_fork_outlives_its_origin_without_a_copy(room: Room) -> None:
+    chat, history = chat_to(room, "whole", "one")
+    branch, store = chat.fork(), chat._store
+    del chat
+    done = branch.send("And this?", **GREEDY)
+    expect(room, [*history, user("And this?")], done)
+    assert branch._store is store
+
+
+def test_a_stream_that_is_left(room: Room) -> None:
+    chat, history = chat_to(room, "whole", "one")
+    left = chat.stream("And this?", **split(SECOND["one"]), **GREEDY)
+    next(left)
+    left.close()
+    assert len(chat.messages) == 2
+    done = chat.send("And this?", **split(SECOND["one"]), **GREEDY)
+    expect(room, [*history, user("And this?", SECOND["one"])], done)
+    assert done.usage.cached_tokens == done.usage.prompt_tokens - 1  # what it had computed was kept
+
+
+def test_a_second_question_ends_the_first(room: Room) -> None:
+    chat, history = chat_to(room, "whole", "one")
+    first = chat.stream("And this?", **split(SECOND["one"]), **GREEDY)
+    next(first)
+    branch = chat.fork()
+    done = chat.send("How many?", **GREEDY)
+    expect(room, [*history, user("How many?")], done)
+    with pytest.raises(InputError, match="left for a later question"):
+        next(first)
+    expect(room, [*history, user("And now?")], branch.send("And now?", **GREEDY))
+    assert [len(c.messages) for c in (chat, branch)] == [4, 4]
+
+
+def test_a_failed_answer_is_not_built_upon(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in the cache must not be reused, by the chat or by the prefix cache."""
+    for name in ("whole", "whole kept"):
+        chat, history = chat_to(room, name, "one")
+        bad = room.models[name].encode_image(SECOND["one"][0])
+        bad = type(bad)(**{**vars(bad), "embeds": np.full_like(bad.embeds, np.nan)})  # under its right key
+        with pytest.raises(EngineError, match=r"(?i)nan"):
+            chat.send("And this?", images=[bad], **GREEDY)
+        assert len(chat.messages) == 2
+        done = chat.send("And this?", **split(SECOND["one"]), **GREEDY)
+        expect(room, [*history, user("And this?", SECOND["one"])], done)
+        assert done.usage.cached_tokens < done.usage.prompt_tokens - 12
+
+
+def sizes(model: VisionLanguageModel, messages: list[dict[str, Any]]) -> int:
+    return len(model.prepare(messages, check_length=False).ids)
+
+
+def test_full_refuses_with_numbers(room: Room, tiny: Pair) -> None:
+    first, second = user("Read it.", FIRST["one"]), user("And this?", SECOND["one"])
+    with VisionLanguageModel.open(tiny.bundle, "ort-cpu", threads=1, capacity=80) as model:
+        chat = model.chat()
+        said = chat.send("Read it.", **split(FIRST["one"]), **GREEDY)
+        length = sizes(model, [first, answer(said.text), second])
+        assert length > 80
+        with pytest.raises(CapacityError, match=f"the prompt is {length} tokens, {length - 79} more") as caught:
+            chat.send("And this?", **split(SECOND["one"]), **GREEDY)
+        assert "on_full drop-oldest-turn" in str(caught.value) and "24 tokens are pictures" in str(caught.value)
+        assert len(chat.messages) == 2 and chat.undo()  # and it goes on
+        expect(room, [second], chat.send("And this?", **split(SECOND["one"]), **GREEDY))
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_full_drops_the_oldest_turn(room: Room, tiny: Pair, system: str | None) -> None:
+    """The answer is the reference's to the shortened conversation: system prompt kept, positions its own."""
+    head = [] if system is None else [{"role": "system", "content": system}]
+    with VisionLanguageModel.open(tiny.bundle, "ort-cpu", threads=1, capacity=170) as model:
+        chat = model.chat(system, on_full="drop-oldest-turn")
+        turns: list[dict[str, Any]] = []
+        for number, shown in enumerate([FIRST["one"], SECOND["video"], OTHER["two equal"], [], FIRST["one"]]):
+            asked = user(f"Number {number}?", shown)
+            while turns and sizes(model, [*head, *turns, asked]) + GREEDY["max_new_tokens"] - 1 > 170:
+                del turns[:2]
+            done = chat.send(f"Number {number}?", **split(shown), **GREEDY)
+            expect(room, [*head, *turns, asked], done)
+            turns += [asked, answer(done.text)]
+            assert len(chat.messages) == len(head) + len(turns)
+        assert chat.dropped_turns >= 2
+        many = [picture(168, 168, s) for s in range(6)]
+        with pytest.raises(CapacityError, match="shorten the prompt"):  # alone it is too long as well
+            chat.send("All?", images=many, **GREEDY)
+        assert len(chat.messages) == len(head) + len(turns)  # and nothing was dropped for it
+        with pytest.raises(InputError, match="on_full is 'drop', expected one of refuse, drop-oldest-turn"):
+            model.chat(on_full="drop")
+
+
+def test_a_resent_conversation_pays_only_for_what_is_new(room: Room) -> None:
+    model = room.models["whole kept"]
+    assert model.prefix_cache is not None
+    model.prefix_cache.clear()
+    history = first_turn(room, "three unequal")
+    model.generate(history[:1], **GREEDY)
+    messages = [*history, user("And this?", SECOND["video"])]
+    done = model.generate(messages, **GREEDY)
+    expect(room, messages, done)
+    assert done.usage.cached_tokens >= sizes(model, history[:1])
+    last = [*messages, answer(done.text), user("More?")]
+    stream = model.stream(last, **GREEDY)
+    next(stream)
+    stream.close()  # what it had prefilled stays
+    again = model.generate(last, **GREEDY)
+    expect(room, last, again)
+    assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
+    changed = [user("Read it.", [*FIRST["three unequal"][:2], OTHER["three unequal"][2]]), *last[1:]]
+    other = model.generate(changed, **GREEDY)
+    expect(room, changed, other)
+    # As many tokens, and the third picture another one: all before its first token is kept, nothing after it.
+    assert other.usage.cached_tokens == _start_of_picture(model.prepare(changed).ids, 2)
+
+
+def _start_of_picture(ids: np.ndarray, number: int) -> int:
+    return int(np.flatnonzero(ids == 426)[number]) + 1  # after its vision_start
+
+
+def test_a_batch_about_one_picture_prefills_it_once(room: Room) -> None:
+    model = room.models["chunked kept"]
+    assert model.prefix_cache is not None
+    model.prefix_cache.clear()
+    asked = [[user(text, FIRST["three unequal"])] for text in ("Read it.", "How many?", "Where?")]
+    room.forget()
+    done = model.generate_batch(asked, **GREEDY)
+    for i, messages in enumerate(asked):
+        assert room.check(messages, i) == list(done[i].token_ids)
+    shared = _start_of_picture(model.prepare(asked[0]).ids, 2) + 12 + 1  # up to the question's first letter
+    assert [d.usage.cached_tokens for d in done] == [0, shared, shared]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_prefill_in_chunks_is_bounded(tiny: Pair, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call of the graph gets more than a chunk of tokens, picture embeddings or logits rows."""
+    with VisionLanguageModel.open(tiny.bundle, "ort-cpu", threads=1, prefill_chunk=chunk) as model:
+        seen: list[tuple[int, int, int]] = []
+        graph = model.engine.prefill
+        run = graph.run
+
+        def watched(feeds: Any, cache: Any = None) -> Any:
+            seen.append(tuple(feeds[n].shape[-1 if n == "input_ids" else 0] for n in _BOUNDED))
+            return run(feeds, cache)
+
+        monkeypatch.setattr(graph, "run", watched)
+        model.generate([user("Read it.", FIRST["three unequal"])], max_new_tokens=1)
+    assert sum(s[0] for s in seen) > 60 and max(max(s[:2]) for s in seen) == min(chunk, max(s[0] for s in seen))
+    assert [s[2] for s in seen] == [0] * (len(seen) - 1) + [1]
+
+
+_BOUNDED = ("input_ids", "image_embeds", "logits_rows")
