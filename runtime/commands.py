@@ -116,7 +116,7 @@ def _content(
 
 def _stats(completion: Completion) -> str:
     t, u = completion.timings, completion.usage
-    hits = f", {u.cached_images} of {u.images} pictures from the cache" if u.images else ""
+    hits = f", {u.cached_images} of {u.images} pictures encoded before" if u.images else ""
     rows = [
         ("preprocess", f"{t.preprocess_s * 1e3:.1f} ms", ""),
         ("vision", f"{t.vision_s * 1e3:.1f} ms", f"{u.image_tokens} image tokens{hits}"),
@@ -230,6 +230,8 @@ def chat(bundle: str, **options: Any) -> None:
       > What is the total?
     """
     with _open(bundle, options) as model:
+        sampling = _sampling(options)
+        model.generation_config(**sampling)  # a bad setting is told now, not at every question
         session = model.chat(options["system"], options["on_full"])
         if sys.stdin.isatty():
             note("Ask something; /help lists the commands.")
@@ -239,13 +241,13 @@ def chat(bundle: str, **options: Any) -> None:
                 if not line:
                     continue
                 if not line.startswith("/"):
-                    _answer(session, session.stream(line, **pending, **_sampling(options)), pending)
+                    _answer(session, session.stream(line, **pending, **sampling), pending)
                 elif line.split()[0] == "/edit":
                     text = line.partition(" ")[2].strip()
                     if not text:
                         raise InputError("/edit needs the question's new words")
                     shown = pending if any(pending.values()) else {}
-                    _answer(session, session.stream_edit(text, **shown, **_sampling(options)), pending)
+                    _answer(session, session.stream_edit(text, **shown, **sampling), pending)
                 elif _chat_command(line, session, pending) is False:
                     break
             except EdgeVLError as e:  # a wrong path must not end a conversation

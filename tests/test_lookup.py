@@ -241,7 +241,5 @@ def tie(model: VisionLanguageModel, messages: list[dict[str, Any]], a: Completio
 def test_settings() -> None:
     assert GenerationConfig(lookup_tokens=3).lookup_tokens == 3
     for value in (-1, 1.5, True):
-        with pytest.raises(
-            InputError, match=r"lookup_tokens is .*whole number of at least 0; 0 drafts none"
-        ):
+        with pytest.raises(InputError, match=r"lookup_tokens is .*whole number of at least 0; 0 drafts none"):
             GenerationConfig(lookup_tokens=value)  # type: ignore[arg-type]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 
 from edgevl.runtime.errors import CapacityError, InputError
 from edgevl.runtime.graph_spec import GraphSpec, TensorSpec
+from edgevl.runtime.image_processing import VisionGrid
 from edgevl.runtime.kv_cache import KVCache
 from edgevl.runtime.prefix_cache import BLOCK, PrefixCache, common_prefix, token_identity
+from edgevl.runtime.vision import EncodedImage
 
 HEADS, DIM, CAPACITY = 2, 4, 600
 SPEC = GraphSpec(
@@ -22,12 +22,9 @@ SPEC = GraphSpec(
 TOKEN_BYTES = HEADS * DIM * (4 + 1) + 3 * 8
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """As much of an EncodedImage as an identity needs."""
-
-    key: str
-    embeds: np.ndarray
+def encoded(key: str, tokens: int) -> EncodedImage:
+    """As much of one as an identity needs."""
+    return EncodedImage(np.zeros((tokens, 8), np.float32), VisionGrid(1, 2, 2 * tokens), (1, 1), (1, 1), key, 0.0, 0.0)
 
 
 def text(*ids: int) -> np.ndarray:
@@ -73,13 +70,12 @@ def stored(prefixes: PrefixCache, identity: np.ndarray) -> None:
 
 def test_identity_tells_pictures_apart() -> None:
     ids = np.array([1, 9, 9, 9, 2, 9, 3])
-    a, b = Encoded("a", np.zeros((3, 8))), Encoded("b", np.zeros((1, 8)))
-    c = Encoded("c", np.zeros((3, 8)))
+    a, b, c = encoded("a", 3), encoded("b", 1), encoded("c", 3)
     ab = token_identity(ids, [a, b], (9,))
     assert ab[:, 0].tolist() == ids.tolist() and not ab[[0, 4, 6], 1:].any()
     assert (ab[1:4, 1:] == ab[1, 1:]).all() and (ab[5, 1:] != ab[1, 1:]).any()
     assert common_prefix(ab, token_identity(ids, [c, b], (9,))) == 1
-    assert common_prefix(ab, token_identity(ids, [a, c], (9,))) == 5
+    assert common_prefix(ab, token_identity(ids, [a, encoded("d", 1)], (9,))) == 5
     assert common_prefix(ab, token_identity(ids, [a, b], (9,))) == 7
     assert common_prefix(ab, token_identity(ids)) == 1  # the same ids as text
     assert common_prefix(ab, ab[:3]) == 3 and common_prefix(ab[:0], ab) == 0

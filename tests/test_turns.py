@@ -68,7 +68,7 @@ class Room:
 
     def __init__(self, tiny: Pair) -> None:
         self.reference = tiny.reference()
-        options = {
+        options: dict[str, dict[str, Any]] = {
             "whole": {"image_cache_mb": 0},
             "chunked": {"image_cache_mb": 0, "prefill_chunk": 7},
             "whole kept": {"prefix_cache_mb": 64},
