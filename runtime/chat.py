@@ -52,7 +52,8 @@ class ChatSession:
         return False
 
     def send(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **generation: Any) -> Completion:
-        """Ask the next question, with pictures before it."""
+        """Ask the next question, with pictures and videos before it; a video is what `encode_video` takes, or a message
+        item with its options ({"video": ..., "fps": ...})."""
         pieces = self.stream(text, images, videos, **generation)
         while True:
             try:
@@ -66,9 +67,13 @@ class ChatSession:
         """Like `send`, piece by piece. A stream that is left before its end leaves the conversation as it was."""
         model = self._model
         config = model.generation_config(**generation)
-        content: list[dict[str, Any]] = [{"type": "image", "image": model.encode_image(i)} for i in images]
-        content += [{"type": "video", "video": model.encode_video(v)} for v in videos]  # kept encoded for later turns
+        content: list[dict[str, Any]] = [{"type": "image", "image": i} for i in images]
+        content += [{"type": "video", **(v if isinstance(v, dict) else {"video": v})} for v in videos]
         question = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+        if content:  # kept encoded for later turns; a video is fitted to what the conversation leaves
+            encoded = model.encode_vision([*self.messages, question], config.max_new_tokens)[-len(content) :]
+            content = [{"type": c["type"], c["type"]: e} for c, e in zip(content, encoded)]
+            question = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
         prompt = model.prepare([*self.messages, question])
         if self._decoder is None:
             self._decoder = model.decoder()

@@ -22,6 +22,7 @@ from edgevl.runtime.chat import ChatSession
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK, Decoder
 from edgevl.runtime.engine import Engine, open_engine
 from edgevl.runtime.errors import CapacityError, InputError
+from edgevl.runtime.image_processing import VisionGrid
 from edgevl.runtime.kv_cache import KVCache
 from edgevl.runtime.mrope import position_ids
 from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, load_chat_template
@@ -79,6 +80,7 @@ class VisionLanguageModel:
         engine: Engine,
         capacity: int | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        notice: Callable[[str], None] | None = None,
     ) -> None:
         self.bundle, self.engine, self.config = bundle, engine, bundle.model
         self.capacity = bundle.max_tokens if capacity is None else capacity
@@ -86,7 +88,7 @@ class VisionLanguageModel:
             raise InputError(
                 f"capacity is {self.capacity}, expected 1 to {self.config.text.max_position_embeddings} tokens"
             )
-        self._chunk = prefill_chunk
+        self._chunk, self._notice = prefill_chunk, notice
         self.tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
         # Grounding tokens in messages stay tokens: users refer to boxes with them, and earlier answers hold them.
         template = load_chat_template(bundle.folder)
@@ -115,12 +117,13 @@ class VisionLanguageModel:
             capacity: tokens that a KV cache holds; the bundle's `max_tokens` by default.
             prefill_chunk: most prompt tokens that go through the decoder at once; bounds activation memory.
             verify_hashes: check every file's sha256 first.
+            notice: gets a line on the engine chosen, and on every video: frames, size, what was changed to fit.
 
         Raises:
             BundleError, EngineError, InputError: see the classes.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes)
-        return cls(opened, open_engine(opened, engine, threads, notice), capacity, prefill_chunk)
+        return cls(opened, open_engine(opened, engine, threads, notice), capacity, prefill_chunk, notice)
 
     def close(self) -> None:
         self.engine.close()
@@ -138,9 +141,34 @@ class VisionLanguageModel:
         messages, so that asking twice about one picture encodes it once."""
         return self._vision.encode(VisionInput("image", image, {"min_pixels": min_pixels, "max_pixels": max_pixels}))
 
-    def encode_video(self, video: Any, min_pixels: int | None = None, max_pixels: int | None = None) -> EncodedImage:
-        """Like `encode_image`, for the frames of a video: a list of pictures or a folder of them."""
-        return self._vision.encode(VisionInput("video", video, {"min_pixels": min_pixels, "max_pixels": max_pixels}))
+    def encode_video(self, video: Any, max_tokens: int | None = None, **options: Any) -> EncodedImage:
+        """Like `encode_image`, for a video: a file, an animation, a folder of frames or a list of pictures.
+
+        Args:
+            max_tokens: fit the video to so many tokens, with smaller and then fewer frames.
+            options: fields of VideoOptions (fps, max_frames, max_pixels, total_pixels, ...).
+        """
+        encoded = self._vision.encode(VisionInput("video", video, options), max_tokens)
+        if self._notice is not None and encoded.video is not None:
+            self._notice(f"video {encoded.video}")
+        return encoded
+
+    def encode_vision(self, messages: Sequence[dict[str, Any]], answer_tokens: int = 1) -> tuple[EncodedImage, ...]:
+        """Pictures and videos of `messages` in prompt order. Videos share what the rest leaves of the KV cache, less
+        `answer_tokens` (a quarter of the cache at most); those encoded already stay as they are."""
+        items = collect_vision(list(messages))
+        videos = [i for i, v in enumerate(items) if v.kind == "video" and not isinstance(v.source, EncodedImage)]
+        done = {i: self._vision.encode(item) for i, item in enumerate(items) if i not in videos}
+        if videos:
+            merge = self.config.vision.spatial_merge_size
+            one_token_each = [VisionGrid(1, merge, merge)] * len(items)
+            text = len(self._builder.build(list(messages), one_token_each).input_ids) - len(items)
+            room = self.capacity - text - sum(len(e.embeds) for e in done.values())
+            room -= min(answer_tokens, self.capacity // 4)
+            for number, i in enumerate(videos):
+                done[i] = self.encode_video(items[i].source, room // (len(videos) - number), **items[i].options)
+                room -= len(done[i].embeds)
+        return tuple(done[i] for i in range(len(items)))
 
     def generation_config(self, **overrides: Any) -> GenerationConfig:
         """The checkpoint's sampling defaults with `overrides` (fields of GenerationConfig) on top."""
@@ -154,7 +182,7 @@ class VisionLanguageModel:
     def stream(self, messages: Sequence[dict[str, Any]], **generation: Any) -> Stream:
         """Answer `messages` token by token. `generation`: fields of GenerationConfig."""
         config, started = self.generation_config(**generation), time.perf_counter()
-        prompt = self.prepare(messages)
+        prompt = self.prepare(messages, config.max_new_tokens)
         return self.stream_prompt(prompt, config, self.decoder(), started=started)
 
     def generate(self, messages: Sequence[dict[str, Any]], **generation: Any) -> Completion:
@@ -164,7 +192,7 @@ class VisionLanguageModel:
     def generate_batch(self, conversations: Sequence[Sequence[dict[str, Any]]], **generation: Any) -> list[Completion]:
         """Answer several conversations, each with its own pictures, decoding all of them together."""
         config, started = self.generation_config(**generation), time.perf_counter()
-        prompts = [self.prepare(messages) for messages in conversations]
+        prompts = [self.prepare(messages, config.max_new_tokens) for messages in conversations]
         if not prompts:
             raise InputError("a batch has no conversations; expected at least one")
         decoder = self.decoder(len(prompts))
@@ -184,14 +212,17 @@ class VisionLanguageModel:
         cache = KVCache(self.engine.decoder.spec, self.capacity, batch)
         return Decoder(self.engine, self.config, cache, self._chunk)
 
-    def prepare(self, messages: Sequence[dict[str, Any]]) -> PreparedPrompt:
+    def prepare(self, messages: Sequence[dict[str, Any]], answer_tokens: int = 1) -> PreparedPrompt:
         """Encode the pictures of `messages`, build the prompt and its positions.
+
+        Args:
+            answer_tokens: kept free in the KV cache where a video has to be fitted (a quarter of it at most).
 
         Raises:
             InputError: messages or pictures that cannot be used.
             CapacityError: the prompt is longer than the KV cache.
         """
-        images = tuple(self._vision.encode(item) for item in collect_vision(list(messages)))
+        images = self.encode_vision(messages, answer_tokens)
         prompt = self._builder.build(list(messages), [i.grid for i in images])
         self._check_length(len(prompt.input_ids), images)
         positions = position_ids(
