@@ -151,11 +151,8 @@ def import_av() -> ModuleType:
 def _open_file(target: Path | io.BytesIO, name: str) -> VideoSource:
     image = _sniff(target)
     if image is not None and (image.format not in _ANIMATIONS or getattr(image, "n_frames", 1) < 2):
-        form, frames = image.format, getattr(image, "n_frames", 1)
         image.close()
-        raise InputError(
-            f"{name}: is a {form} picture of {frames} frame, not a video; pass it as a picture (--image), or as a list"
-        )
+        raise InputError(f"{name}: is a {image.format} picture, not a video; pass it as a picture (--image)")
     if image is not None:
         return _Animation(image, name)
     return _File(import_av(), target, name)

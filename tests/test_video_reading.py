@@ -226,7 +226,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[Any, str]]:
         "absent": (folder / "absent.mp4", "not found; check the path of the video"),
         "empty": (empty, "the file is empty; expected a video"),
         "text": (text, "not a video, or cut off in its header"),
-        "still": (still, "is a JPEG picture of 1 frame, not a video; pass it as a picture"),
+        "still": (still, "is a JPEG picture, not a video; pass it as a picture"),
         "one png": (folder / "one.png", "is a PNG picture"),
         "empty folder": (folder / "nothing", "a video has no frames"),
         "empty list": ([], "a video has no frames"),
