@@ -149,7 +149,8 @@ class VisionLanguageModel:
             options: fields of VideoOptions (fps, max_frames, max_pixels, total_pixels, ...).
         """
         encoded = self._vision.encode(VisionInput("video", video, options), max_tokens)
-        if self._notice is not None and encoded.video is not None:
+        chosen = isinstance(video, (list, tuple))  # frame by frame: nothing to tell unless it was changed
+        if self._notice is not None and encoded.video is not None and (encoded.video.notes or not chosen):
             self._notice(f"video {encoded.video}")
         return encoded
 

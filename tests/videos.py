@@ -32,11 +32,11 @@ def write_video(
     times_ms: Sequence[int] | None = None,
     rotation: float | None = None,
     gop: int = 12,
-    **options: str,
+    movflags: str = "",
 ) -> Path:
     """`frames` numbered frames (or these) at a constant rate, or at times_ms."""
     pictures = [frame(i, size) for i in range(frames)] if isinstance(frames, int) else frames
-    with av.open(str(path), "w", options=options) as container:
+    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
         stream: Any = container.add_stream(codec, rate=fps)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = "yuv420p"
