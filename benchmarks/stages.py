@@ -31,9 +31,10 @@ from edgevl.benchmarks.energy import EnergyMeter, heat
 from edgevl.benchmarks.workloads import Workload, question
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.doctor import peak_rss_bytes
+from edgevl.runtime.image_cache import content_key
 from edgevl.runtime.image_loading import load_image
 from edgevl.runtime.image_processing import ProcessedImage, preprocess_frames, preprocess_image, smart_resize
-from edgevl.runtime.vision import EncodedImage, VisionStage, content_key
+from edgevl.runtime.vision import EncodedImage, VisionStage
 
 __all__ = ["STAGES", "Job", "Measured", "Request", "Runner", "run_job"]
 
@@ -233,9 +234,8 @@ class Runner:
                 pieces += 1
                 on_step(pieces)
             return [stream.completion.token_ids]
-        began = time.perf_counter()
-        rows = [model._row(p, config, began, i) for i, p in enumerate(prompts)]
-        for _ in model._run(model.decoder(len(prompts)), rows, prompts):
+        rows, stream = model.stream_prompts(prompts, config)
+        for _ in stream:
             pieces += 1
             on_step(pieces)
         return [row.completion().token_ids for row in rows]
@@ -257,7 +257,8 @@ class Runner:
         clock.lap("patches_s")
         embeds = self._vision.run(done)
         clock.lap("vision_s")
-        return EncodedImage(embeds, done.grid, done.original_size, done.resized_size, content_key(done), 0.0, 0.0)
+        key = content_key(done.pixel_values)
+        return EncodedImage(embeds, done.grid, done.original_size, done.resized_size, key, 0.0, 0.0)
 
 
 def _rss_mb() -> float:

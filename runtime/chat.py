@@ -91,7 +91,8 @@ class ChatSession:
         return other
 
     def send(self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **generation: Any) -> Completion:
-        """Ask the next question, with pictures before it."""
+        """Ask the next question, with pictures and videos before it; a video is what `encode_video` takes, or a message
+        item with its options ({"video": ..., "fps": ...})."""
         return _drain(self.stream(text, images, videos, **generation))
 
     def edit(
@@ -108,9 +109,10 @@ class ChatSession:
         self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **generation: Any
     ) -> Generator[Piece, None, Completion]:
         """Like `send`, piece by piece. A stream that is left before its end leaves the conversation as it was."""
-        started = time.perf_counter()
-        pictures = self._encode(images, videos)
-        return (yield from self._ask(len(self.messages), text, pictures, generation, started))
+        started, config = time.perf_counter(), self._model.generation_config(**generation)
+        at = len(self.messages)
+        pictures = self._encode(images, videos, at, text, config)
+        return (yield from self._ask(at, text, pictures, config, started))
 
     def stream_edit(
         self,
@@ -127,22 +129,30 @@ class ChatSession:
         started, last = time.perf_counter(), self._last_question()
         if last is None:
             raise InputError("nothing was asked yet; there is no question to edit")
-        pictures = self._encode(images or (), videos or ())
+        config = self._model.generation_config(**generation)
+        pictures = self._encode(images or (), videos or (), last, text, config)
         if images is None and videos is None:
             content = self.messages[last]["content"]
             pictures = [] if isinstance(content, str) else [i for i in content if i["type"] in _VISION]
-        return (yield from self._ask(last, text, pictures, generation, started))
+        return (yield from self._ask(last, text, pictures, config, started))
 
-    def _encode(self, images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
-        """Content items; kept encoded, for later turns."""
-        items = [{"type": "image", "image": self._model.encode_image(i)} for i in images]
-        return [*items, *({"type": "video", "video": self._model.encode_video(v)} for v in videos)]
+    def _encode(
+        self, images: Sequence[Any], videos: Sequence[Any], at: int, text: str, config: GenerationConfig
+    ) -> list[dict[str, Any]]:
+        """Content items of a question in place of the messages from `at` on; kept encoded, for later turns. A video is
+        fitted to what the conversation leaves of the KV cache."""
+        content: list[dict[str, Any]] = [{"type": "image", "image": i} for i in images]
+        content += [{"type": "video", **(v if isinstance(v, dict) else {"video": v})} for v in videos]
+        if not content:
+            return []
+        question = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+        encoded = self._model.encode_vision([*self.messages[:at], question], config.max_new_tokens)[-len(content) :]
+        return [{"type": c["type"], c["type"]: e} for c, e in zip(content, encoded)]
 
     def _ask(
-        self, at: int, text: str, pictures: list[dict[str, Any]], generation: dict[str, Any], started: float
+        self, at: int, text: str, pictures: list[dict[str, Any]], config: GenerationConfig, started: float
     ) -> Generator[Piece, None, Completion]:
         """Ask in place of the messages from `at` on."""
-        config = self._model.generation_config(**generation)
         question = {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
         history, prompt, dropped = self._fitting(self.messages[:at], question, config)
         self._leave()

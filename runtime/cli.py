@@ -23,6 +23,7 @@ _COMMANDS = {
     "quantize": ("edgevl.calibration.commands", "A checkpoint becomes a quantized checkpoint.", "host"),
     "run": ("edgevl.runtime.commands", "Answer one prompt about pictures.", "ort"),
     "chat": ("edgevl.runtime.commands", "A conversation at the terminal.", "ort"),
+    "watch": ("edgevl.runtime.watch_command", "Answer about a camera, stream or folder again and again.", "ort"),
     "verify": ("edgevl.runtime.commands", "Replay a bundle's golden vectors, stage by stage.", "ort"),
     "inspect": ("edgevl.runtime.commands", "What a bundle or a checkpoint holds.", "ort"),
     "bench": ("edgevl.benchmarks.commands", "Measure bundles: stages, percentiles, memory, energy.", "bench"),

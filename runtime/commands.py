@@ -106,12 +106,25 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
     return {k: options[k] for k in _SAMPLING if options[k] is not None and options[k] != ()}
 
 
-def _content(
-    text: str, images: Sequence[str], videos: Sequence[str], min_pixels: int | None, max_pixels: int | None
-) -> list[dict[str, Any]]:
-    limits = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
-    items = [{"type": "image", "image": f, **limits} for f in images]
-    return [*items, *({"type": "video", "video": f, **limits} for f in videos), {"type": "text", "text": text}]
+def _video_options(command: _Command) -> _Command:
+    for option in (
+        click.option("--max-frames", type=int, metavar="N", help="At most this many frames of a video [default: 768]."),
+        click.option("--fps", type=float, metavar="N", help="Frames per second of a video to look at [default: 2]."),
+    ):
+        command = option(command)
+    return command
+
+
+def _content(text: str, images: Sequence[str], videos: Sequence[str], options: dict[str, Any]) -> list[dict[str, Any]]:
+    limits = {k: options[k] for k in ("min_pixels", "max_pixels")}
+    items: list[dict[str, Any]] = [{"type": "image", "image": f, **limits} for f in images]
+    items += [video_item(f, options) | limits for f in videos]
+    return [*items, {"type": "text", "text": text}]
+
+
+def video_item(path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A video in a message, with the command's --fps and --max-frames."""
+    return {"type": "video", "video": path, "fps": options["fps"], "max_frames": options["max_frames"]}
 
 
 def _stats(completion: Completion) -> str:
@@ -127,6 +140,10 @@ def _stats(completion: Completion) -> str:
         ),
         ("first token", f"{t.first_token_s * 1e3:.1f} ms", "from the request"),
         ("decode", f"{t.decode_s * 1e3:.1f} ms", f"{t.decode_steps} steps, {t.tokens_per_s:.1f} tokens/s"),
+        *(
+            ("video", f"{v.frames} frames", f"{v.resized_size[0]}×{v.resized_size[1]}, {v.tokens} tokens, {v.source}")
+            for v in completion.videos
+        ),
     ]
     if u.drafted_tokens:
         rows.append(("lookup", "", f"{u.accepted_tokens} of {u.drafted_tokens} drafted tokens were right"))
@@ -140,28 +157,34 @@ def _stats(completion: Completion) -> str:
     "--image", "images", multiple=True, metavar="FILE", help="A picture (repeatable; placed before the text)."
 )
 @click.option(
-    "--video", "videos", multiple=True, metavar="FOLDER", help="A folder of frames, in the order of their names."
+    "--video",
+    "videos",
+    multiple=True,
+    metavar="FILE",
+    help="A video file, an animated GIF, or a folder of frames in the order of their names (repeatable).",
 )
+@_video_options
 @click.option("--system", metavar="TEXT", help="System prompt.")
-@click.option("--min-pixels", type=int, help="Enlarge pictures to at least this many pixels.")
-@click.option("--max-pixels", type=int, help="Shrink pictures to at most this many pixels: fewer tokens, faster.")
+@click.option("--min-pixels", type=int, help="Enlarge pictures and frames to at least this many pixels.")
+@click.option("--max-pixels", type=int, help="Shrink them to at most this many pixels: fewer tokens, faster.")
 @click.option("--draw-boxes", metavar="OUT.png", help="Draw the boxes of the answer on the last picture.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, boxes, tokens, timings, finish_reason.")
 @click.option("--stats", is_flag=True, help="The stages' times on stderr.")
 @_sampling_options
 @_engine_options
 def run(bundle: str, prompt: str, images: tuple[str, ...], videos: tuple[str, ...], **options: Any) -> None:
-    """Answer PROMPT about pictures; the answer streams to stdout.
+    """Answer PROMPT about pictures and videos; the answer streams to stdout.
 
     \b
     Example:
       edgevl run bundle "What is the total?" --image receipt.jpg --max-new-tokens 32
+      edgevl run bundle "What happens here?" --video clip.mp4 --fps 1 --max-frames 64
     """
     from edgevl.runtime.grounding import strip_grounding
 
     if options["draw_boxes"] is not None and not images:
         raise InputError("--draw-boxes needs a picture; pass one with --image")
-    content = _content(prompt, images, videos, options["min_pixels"], options["max_pixels"])
+    content = _content(prompt, images, videos, options)
     system = options["system"]
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": content})
@@ -200,7 +223,7 @@ def _draw(images: Sequence[str], completion: Completion, output: Path) -> None:
 
 
 _CHAT_HELP = """/image FILE    add a picture to the next question (again for more)
-/video FOLDER  add a folder of frames
+/video FILE    add a video file, an animated GIF or a folder of frames
 /undo          take back the last question and its answer
 /edit TEXT     ask the last question in other words, about the same pictures (or those added since)
 /reset         start over
@@ -218,6 +241,7 @@ _CHAT_HELP = """/image FILE    add a picture to the next question (again for mor
     show_default=True,
     help="When question and answer no longer fit the KV cache with what was said before.",
 )
+@_video_options
 @_sampling_options
 @_engine_options
 def chat(bundle: str, **options: Any) -> None:
@@ -240,13 +264,14 @@ def chat(bundle: str, **options: Any) -> None:
             try:
                 if not line:
                     continue
+                videos = [video_item(v, options) for v in pending["videos"]]
                 if not line.startswith("/"):
-                    _answer(session, session.stream(line, **pending, **sampling), pending)
+                    _answer(session, session.stream(line, pending["images"], videos, **sampling), pending)
                 elif line.split()[0] == "/edit":
                     text = line.partition(" ")[2].strip()
                     if not text:
                         raise InputError("/edit needs the question's new words")
-                    shown = pending if any(pending.values()) else {}
+                    shown = {"images": pending["images"], "videos": videos} if any(pending.values()) else {}
                     _answer(session, session.stream_edit(text, **shown, **sampling), pending)
                 elif _chat_command(line, session, pending) is False:
                     break
@@ -288,7 +313,7 @@ def _chat_command(line: str, session: Any, pending: dict[str, list[str]]) -> boo
         path = argument.strip()
         if not Path(path).exists() or not path:
             raise InputError(
-                f"{name} {path}: not found; expected a {'picture' if name == '/image' else 'folder of frames'}"
+                f"{name} {path}: not found; expected a {'picture' if name == '/image' else 'video or folder of frames'}"
             )
         pending["images" if name == "/image" else "videos"].append(path)
         note(f"{path} goes with the next question")

@@ -26,6 +26,7 @@ from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK, Decoder
 from edgevl.runtime.engine import Engine, open_engine
 from edgevl.runtime.errors import CapacityError, EdgeVLError, InputError
 from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB, ImageCache
+from edgevl.runtime.image_processing import VisionGrid
 from edgevl.runtime.kv_cache import KVCache
 from edgevl.runtime.mrope import position_ids
 from edgevl.runtime.prefix_cache import PrefixCache, token_identity
@@ -97,6 +98,7 @@ class VisionLanguageModel:
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         image_cache_mb: float = DEFAULT_IMAGE_CACHE_MB,
         prefix_cache_mb: float = 0,
+        notice: Callable[[str], None] | None = None,
     ) -> None:
         self.bundle, self.engine, self.config = bundle, engine, bundle.model
         self.capacity = bundle.max_tokens if capacity is None else capacity
@@ -104,7 +106,7 @@ class VisionLanguageModel:
             raise InputError(
                 f"capacity is {self.capacity}, expected 1 to {self.config.text.max_position_embeddings} tokens"
             )
-        self._chunk = prefill_chunk
+        self._chunk, self._notice = prefill_chunk, notice
         self.tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
         # Grounding tokens in messages stay tokens: users refer to boxes with them, and earlier answers hold them.
         template = load_chat_template(bundle.folder)
@@ -144,6 +146,7 @@ class VisionLanguageModel:
                 and `generate_batch` then prefill only what no earlier request began with. 0 keeps none. It comes on
                 top of the KV cache of the request itself; a 2B model in float32 takes 57 kB a token.
             verify_hashes: check every file's sha256 first.
+            notice: gets a line on the engine chosen, and on every video: frames, size, what was changed to fit.
 
         Raises:
             BundleError, EngineError, InputError: see the classes.
@@ -151,7 +154,7 @@ class VisionLanguageModel:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes)
         runner = open_engine(opened, engine, threads, notice)
         try:
-            return cls(opened, runner, capacity, prefill_chunk, image_cache_mb, prefix_cache_mb)
+            return cls(opened, runner, capacity, prefill_chunk, image_cache_mb, prefix_cache_mb, notice)
         except EdgeVLError:
             runner.close()
             raise
@@ -172,9 +175,35 @@ class VisionLanguageModel:
         messages, so that asking twice about one picture encodes it once."""
         return self._vision.encode(VisionInput("image", image, {"min_pixels": min_pixels, "max_pixels": max_pixels}))
 
-    def encode_video(self, video: Any, min_pixels: int | None = None, max_pixels: int | None = None) -> EncodedImage:
-        """Like `encode_image`, for the frames of a video: a list of pictures or a folder of them."""
-        return self._vision.encode(VisionInput("video", video, {"min_pixels": min_pixels, "max_pixels": max_pixels}))
+    def encode_video(self, video: Any, max_tokens: int | None = None, **options: Any) -> EncodedImage:
+        """Like `encode_image`, for a video: a file, an animation, a folder of frames or a list of pictures.
+
+        Args:
+            max_tokens: fit the video to so many tokens, with smaller and then fewer frames.
+            options: fields of VideoOptions (fps, max_frames, max_pixels, total_pixels, ...).
+        """
+        encoded = self._vision.encode(VisionInput("video", video, options), max_tokens)
+        chosen = isinstance(video, (list, tuple))  # frame by frame: nothing to tell unless it was changed
+        if self._notice is not None and encoded.video is not None and (encoded.video.notes or not chosen):
+            self._notice(f"video {encoded.video}")
+        return encoded
+
+    def encode_vision(self, messages: Sequence[dict[str, Any]], answer_tokens: int = 1) -> tuple[EncodedImage, ...]:
+        """Pictures and videos of `messages` in prompt order. Videos share what the rest leaves of the KV cache, less
+        `answer_tokens` (a quarter of the cache at most); those encoded already stay as they are."""
+        items = collect_vision(list(messages))
+        videos = [i for i, v in enumerate(items) if v.kind == "video" and not isinstance(v.source, EncodedImage)]
+        done = {i: self._vision.encode(item) for i, item in enumerate(items) if i not in videos}
+        if videos:
+            merge = self.config.vision.spatial_merge_size
+            one_token_each = [VisionGrid(1, merge, merge)] * len(items)
+            text = len(self._builder.build(list(messages), one_token_each).input_ids) - len(items)
+            room = self.capacity - text - sum(len(e.embeds) for e in done.values())
+            room -= min(answer_tokens, self.capacity // 4)
+            for number, i in enumerate(videos):
+                done[i] = self.encode_video(items[i].source, room // (len(videos) - number), **items[i].options)
+                room -= len(done[i].embeds)
+        return tuple(done[i] for i in range(len(items)))
 
     def generation_config(self, **overrides: Any) -> GenerationConfig:
         """The checkpoint's sampling defaults with `overrides` (fields of GenerationConfig) on top."""
@@ -188,7 +217,7 @@ class VisionLanguageModel:
     def stream(self, messages: Sequence[dict[str, Any]], **generation: Any) -> Stream:
         """Answer `messages` token by token. `generation`: fields of GenerationConfig."""
         config, started = self.generation_config(**generation), time.perf_counter()
-        prompt = self.prepare(messages)
+        prompt = self.prepare(messages, config.max_new_tokens)
         return self.stream_prompt(prompt, config, self.decoder(), started=started)
 
     def generate(self, messages: Sequence[dict[str, Any]], **generation: Any) -> Completion:
@@ -198,12 +227,11 @@ class VisionLanguageModel:
     def generate_batch(self, conversations: Sequence[Sequence[dict[str, Any]]], **generation: Any) -> list[Completion]:
         """Answer several conversations, each with its own pictures, decoding all of them together."""
         config, started = self.generation_config(**generation), time.perf_counter()
-        prompts = [self.prepare(messages) for messages in conversations]
+        prompts = [self.prepare(messages, config.max_new_tokens) for messages in conversations]
         if not prompts:
             raise InputError("a batch has no conversations; expected at least one")
-        decoder = self.decoder(len(prompts))
-        rows = [self._row(p, config, started, i) for i, p in enumerate(prompts)]
-        for _ in self._loop(decoder).run(rows, prompts):
+        rows, pieces = self.stream_prompts(prompts, config, started)
+        for _ in pieces:
             pass
         return [row.completion() for row in rows]
 
@@ -223,17 +251,20 @@ class VisionLanguageModel:
         cache = KVCache(self.engine.decoder.spec, self.capacity, batch)
         return Decoder(self.engine, self.config, cache, self._chunk)
 
-    def prepare(self, messages: Sequence[dict[str, Any]], *, check_length: bool = True) -> PreparedPrompt:
+    def prepare(
+        self, messages: Sequence[dict[str, Any]], answer_tokens: int = 1, *, check_length: bool = True
+    ) -> PreparedPrompt:
         """Encode the pictures of `messages`, build the prompt and its positions.
 
         Args:
+            answer_tokens: kept free in the KV cache where a video has to be fitted (a quarter of it at most).
             check_length: refuse a prompt that does not fit the KV cache.
 
         Raises:
             InputError: messages or pictures that cannot be used.
             CapacityError: the prompt is longer than the KV cache.
         """
-        images = tuple(self._vision.encode(item) for item in collect_vision(list(messages)))
+        images = self.encode_vision(messages, answer_tokens)
         prompt = self._builder.build(list(messages), [i.grid for i in images])
         if check_length:
             self.check_length(len(prompt.input_ids), sum(len(i.embeds) for i in images))
@@ -265,6 +296,14 @@ class VisionLanguageModel:
         """Answer a prepared prompt whose first `cached` tokens are already in row 0 of the decoder's cache."""
         row = self._row(prompt, config, time.perf_counter() if started is None else started, 0, cached)
         return Stream(_pieces(self._loop(decoder).run([row], [prompt])), row)
+
+    def stream_prompts(
+        self, prompts: Sequence[PreparedPrompt], config: GenerationConfig, started: float | None = None
+    ) -> tuple[list[Row], Generator[tuple[Row, Piece], None, None]]:
+        """Answer prepared prompts together: their rows, in order, and every piece with the row that it belongs to."""
+        started = time.perf_counter() if started is None else started
+        rows = [self._row(p, config, started, i) for i, p in enumerate(prompts)]
+        return rows, self._loop(self.decoder(len(prompts))).run(rows, prompts)
 
     def _row(
         self, prompt: PreparedPrompt, config: GenerationConfig, started: float, index: int, cached: int = 0

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from edgevl.runtime.errors import InputError
 
-__all__ = ["load_image"]
+__all__ = ["load_image", "local_path", "url_bytes"]
 
 MAX_DECODED_PIXELS = 178_956_970  # where Pillow's own limit stands unless a program moves it: 0.7 GB decoded
 _FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
@@ -61,9 +61,8 @@ def load_image(source: str | os.PathLike[str] | bytes | Image.Image | np.ndarray
         return _from_bytes(bytes(source), _name(source))
     if isinstance(source, str):
         if source[:5].lower() == "data:":
-            return _from_bytes(_data_url(source), _name(source))
-        scheme = _SCHEME.match(source)
-        return _from_file(_local_path(source, scheme.group(1).lower()) if scheme else Path(source), _name(source))
+            return _from_bytes(url_bytes(source), _name(source))
+        return _from_file(local_path(source), _name(source))
     if isinstance(source, os.PathLike):
         return _from_file(Path(source), _name(source))
     raise InputError(f"a picture of type {type(source).__name__}; expected a path, bytes, PIL image or numpy array")
@@ -83,8 +82,16 @@ def _name(source: Any) -> str:
     return repr(text if len(text) <= 200 else f"{text[:190]}... ({len(text)} characters)")
 
 
-def _local_path(url: str, scheme: str) -> Path:
-    """Path of a file:// URL, percent-encoded or (as qwen_vl_utils takes it) literal."""
+def local_path(url: str) -> Path:
+    """A path as it is, or that of a file:// URL, percent-encoded or (as qwen_vl_utils takes it) literal.
+
+    Raises:
+        InputError: a URL of another scheme.
+    """
+    found = _SCHEME.match(url)
+    if found is None:
+        return Path(url)
+    scheme = found.group(1).lower()
     if scheme in ("http", "https"):
         raise InputError(f"{_name(url)}: edgevl fetches nothing; download it first and pass its path")
     if scheme != "file":
@@ -98,7 +105,7 @@ def _local_path(url: str, scheme: str) -> Path:
     return Path(unquote(rest))
 
 
-def _data_url(url: str) -> bytes:
+def url_bytes(url: str) -> bytes:
     """Bytes of `data:[media type];base64,...` (RFC 2397); the media type is not believed, the content decides."""
     head, comma, body = url.partition(",")
     if not comma:

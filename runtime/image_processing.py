@@ -23,6 +23,7 @@ __all__ = [
     "ImageProcessorConfig",
     "ProcessedImage",
     "VisionGrid",
+    "frame_patches",
     "preprocess_frames",
     "preprocess_image",
     "smart_resize",
@@ -155,7 +156,7 @@ class ProcessedImage:
     resized_size: tuple[int, int]
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
     """(height, width) in pixels that a picture is resized to: multiples of `factor`, area within the limits where the
     aspect ratio allows it (a thin picture may exceed max_pixels: no side goes below `factor`).
 
@@ -229,16 +230,24 @@ def _process(frames: Sequence[Image.Image], config: ImageProcessorConfig, what: 
     resized_h, resized_w = smart_resize(height, width, config.factor, config.min_pixels, config.max_pixels)
     per_patch = config.temporal_patch_size
     grid = VisionGrid(-(-len(frames) // per_patch), resized_h // config.patch_size, resized_w // config.patch_size)
+    pixel_values = frame_patches(frames, (resized_w, resized_h), config)
+    return ProcessedImage(pixel_values, grid, (width, height), (resized_w, resized_h))
+
+
+def frame_patches(frames: Sequence[Image.Image], size: tuple[int, int], config: ImageProcessorConfig) -> np.ndarray:
+    """Upright RGB frames resized to `size` (width, height; multiples of config.factor), normalised and cut: float32
+    [ceil(frames / temporal_patch_size) × h × w, patch_dim], as in ProcessedImage. The last frame fills up."""
+    width, height = size
+    per_patch = config.temporal_patch_size
+    t, rows = -(-len(frames) // per_patch), (height // config.patch_size) * (width // config.patch_size)
     table = _lookup_table(config)
-    area = config.patch_size**2
-    out = np.empty((grid.t, grid.h * grid.w, CHANNELS, per_patch, area), np.float32)
+    out = np.empty((t, rows, CHANNELS, per_patch, config.patch_size**2), np.float32)
     for i, frame in enumerate(frames):
-        resized = frame.resize((resized_w, resized_h), Image.Resampling.BICUBIC)
+        resized = frame if frame.size == size else frame.resize(size, Image.Resampling.BICUBIC)
         t, slot = divmod(i, per_patch)
         end = per_patch if i == len(frames) - 1 else slot + 1
         _normalise(_patches(np.asarray(resized), config), table, out[t, :, :, slot:end])
-    pixel_values = out.reshape(grid.patches, config.patch_dim)
-    return ProcessedImage(pixel_values, grid, (width, height), (resized_w, resized_h))
+    return out.reshape(-1, config.patch_dim)
 
 
 def _lookup_table(config: ImageProcessorConfig) -> np.ndarray:

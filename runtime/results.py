@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from edgevl.runtime.grounding import Box
 
-__all__ = ["Completion", "FinishReason", "Piece", "Timings", "Usage"]
+__all__ = ["Completion", "FinishReason", "Piece", "Timings", "Usage", "VideoInfo"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -58,9 +58,39 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class VideoInfo:
+    """What the model saw of a video: `frames` of `total_frames`, from first_s to last_s (seconds from its beginning).
+
+    fps is the source's, sample_fps that of the frames taken; sizes are (width, height) in pixels; `notes` say what was
+    changed to fit, or was damaged.
+    """
+
+    source: str
+    frames: int
+    total_frames: int
+    duration_s: float
+    fps: float
+    sample_fps: float
+    first_s: float
+    last_s: float
+    original_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    tokens: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        (width, height), notes = self.resized_size, "".join(f"; {n}" for n in self.notes)
+        return (
+            f"{self.source}: {self.frames} of {self.total_frames} frames, {self.first_s:.2f} to {self.last_s:.2f} s, "
+            f"{width}×{height} pixels each, {self.tokens} tokens{notes}"
+        )
+
+
+@dataclass(frozen=True)
 class Completion:
     """An answer. `text` keeps the grounding tokens (`<|box_start|>…`); `boxes` are them in pixels of the original
-    picture. `finish_reason` is `stop` (end token or stop string) or `length` (max_new_tokens, or a full KV cache)."""
+    picture. `finish_reason` is `stop` (end token or stop string) or `length` (max_new_tokens, or a full KV cache).
+    `videos` are what was seen of the prompt's videos."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -68,6 +98,7 @@ class Completion:
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    videos: tuple[VideoInfo, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)

@@ -117,4 +117,5 @@ class Row:
                 decode_s=self.decode_s,
                 decode_steps=len(self.tokens) - 1,
             ),
+            videos=tuple(i.video for i in self._prompt.images if i.video is not None),
         )

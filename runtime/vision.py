@@ -1,15 +1,17 @@
-"""Pictures to image embeddings: load, preprocess, run the vision encoder. Knows no text."""
+"""Pictures and videos to image embeddings: load, preprocess, run the vision encoder. Knows no text.
+
+A video goes through in groups of frames: decoded, resized, encoded and forgotten but for their embeddings.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.engine import GraphRunner
@@ -20,16 +22,19 @@ from edgevl.runtime.image_processing import (
     ImageProcessorConfig,
     ProcessedImage,
     VisionGrid,
-    preprocess_frames,
+    frame_patches,
     preprocess_image,
     smart_resize,
 )
 from edgevl.runtime.mrope import vision_rotary_rows
 from edgevl.runtime.prompt import VisionInput
+from edgevl.runtime.results import VideoInfo
+from edgevl.runtime.video import VideoOptions, VideoPlan, frame_groups, plan_video
+from edgevl.runtime.video_reading import DEFAULT_FPS, VideoSource, open_video
 
 __all__ = ["EncodedImage", "VisionStage", "preprocess_vision"]
 
-_PATCHES_PER_CALL = 16384  # frames of a video go through in groups of this many patches, to bound activations
+_PATCHES_PER_CALL = 4096  # frames of a video go through in groups of this many patches, to bound memory
 _OPTIONS = ("min_pixels", "max_pixels")
 
 
@@ -38,7 +43,8 @@ class EncodedImage:
     """A picture (or video) after the vision encoder; may stand for the picture in any later message.
 
     `embeds` float32 [grid.tokens, hidden], read-only; sizes are (width, height) in pixels; `key` identifies the
-    content; `cached`: the encoder did not run for it (the image cache had it, or it was encoded before).
+    content; `cached`: the encoder did not run for it (the image cache had it, or it was encoded before); `video` says
+    which frames of a video these are.
     """
 
     embeds: np.ndarray
@@ -49,6 +55,7 @@ class EncodedImage:
     preprocess_s: float
     vision_s: float
     cached: bool = False
+    video: VideoInfo | None = None
 
 
 class VisionStage:
@@ -64,16 +71,20 @@ class VisionStage:
         self._graph, self._config, self._processor = graph, config, processor
         self.cache = ImageCache(0) if cache is None else cache
 
-    def encode(self, item: VisionInput) -> EncodedImage:
+    def encode(self, item: VisionInput, max_tokens: int | None = None) -> EncodedImage:
         """Encode one picture or video of a message; an EncodedImage passes through.
 
+        Args:
+            max_tokens: what a video is fitted to, with smaller and then fewer frames; a picture is not.
+
         Raises:
-            InputError: not a picture, an option that does not exist.
-            EngineError: the encoder gave NaN or infinity.
+            InputError: not a picture or video, an option that does not exist.
+            CapacityError: two frames of a video are more than max_tokens.
+            EngineError: the encoder gave NaN or infinity, or PyAV is needed and not installed.
         """
         if isinstance(item.source, EncodedImage):  # its times were counted where it was encoded
             return replace(item.source, preprocess_s=0.0, vision_s=0.0, cached=True)
-        return self._encode_picture(item) if item.kind == "image" else self._encode_video(item)
+        return self._encode_picture(item) if item.kind == "image" else self._encode_video(item, max_tokens)
 
     def _encode_picture(self, item: VisionInput) -> EncodedImage:
         """A picture is looked up by its decoded pixels, before they are resized."""
@@ -97,41 +108,53 @@ class VisionStage:
         times = {"preprocess_s": done - started, "vision_s": time.perf_counter() - done}
         return EncodedImage(embeds, grid, picture.size, (width, height), key, **times, cached=cached)
 
-    def _encode_video(self, item: VisionInput) -> EncodedImage:
-        """A video is looked up frame group by frame group (what becomes one row of tokens in time)."""
-        started = time.perf_counter()
-        processed = self.preprocess(item)
-        done = time.perf_counter()
-        grid = processed.grid
-        groups = processed.pixel_values.reshape(grid.t, grid.h * grid.w, -1)
-        embeds, keys, hits = self._frames(groups, grid)
+    def _encode_video(self, item: VisionInput, max_tokens: int | None) -> EncodedImage:
+        """A video is read in a stream, and looked up temporal patch by temporal patch (one row of tokens in time). Of
+        one that does not fit the cache whole nothing is kept: going round, it would drop every patch before it is
+        asked for again."""
+        began, vision_s = time.perf_counter(), 0.0
+        with _open(item) as source:
+            plan = plan_video(source, VideoOptions.of(item.options), self._processor, max_tokens)
+            grid, hidden = plan.grid, self._config.vision.hidden_size
+            cache = self.cache if plan.tokens * hidden * 4 <= self.cache.limit_bytes else ImageCache(0)
+            embeds, keys = np.empty((plan.tokens, hidden), np.float32), []
+            done = hits = 0
+            for pixels in _pixels(source, plan, self._processor):
+                started = time.perf_counter()
+                part, new, found = self._rows_in_time(
+                    pixels.reshape(-1, grid.h * grid.w, pixels.shape[-1]), grid, cache
+                )
+                vision_s += time.perf_counter() - started
+                embeds[done : done + len(part)] = part
+                done, hits, keys = done + len(part), hits + found, keys + new
+            info = plan.info(source)
         embeds.flags.writeable = False
         return EncodedImage(
             embeds=embeds,
             grid=grid,
-            original_size=processed.original_size,
-            resized_size=processed.resized_size,
+            original_size=info.original_size,
+            resized_size=info.resized_size,
             key=join_keys("video", keys),
-            preprocess_s=done - started,
-            vision_s=time.perf_counter() - done,
+            preprocess_s=time.perf_counter() - began - vision_s,
+            vision_s=vision_s,
             cached=hits == len(keys),
+            video=info,
         )
 
-    def _frames(self, groups: np.ndarray, grid: VisionGrid) -> tuple[np.ndarray, list[str], int]:
-        """Embeddings of frame groups float32 [t, h × w, patch_dim] of a video of `grid`, their keys, and how many of
-        them the cache had. Of a video that does not fit the cache whole nothing is kept: going round, it would drop
-        every group before it is asked for again."""
-        tokens = grid.tokens(self._config.vision.spatial_merge_size)
-        keys = [content_key(group, "frames", grid.h, grid.w) for group in groups]
-        if tokens * self._config.text.hidden_size * 4 > self.cache.limit_bytes:
-            return self._run(groups, grid), keys, 0
+    def _rows_in_time(
+        self, patches: np.ndarray, grid: VisionGrid, cache: ImageCache
+    ) -> tuple[np.ndarray, list[str], int]:
+        """Embeddings of temporal patches float32 [t, h × w, patch_dim], their keys, and how many the cache had."""
+        keys = [content_key(p, "frames", grid.h, grid.w) for p in patches]
+        if not cache.limit_bytes:
+            return self._run(patches, grid), keys, 0
 
         def encode(indices: list[int]) -> np.ndarray:
-            embeds = self._run(groups if len(indices) == len(groups) else groups[indices], grid)
-            return embeds.reshape(len(indices), tokens // grid.t, -1)
+            rows = self._run(patches if len(indices) == len(patches) else patches[indices], grid)
+            return rows.reshape(len(indices), -1, rows.shape[-1])
 
-        embeds, hits = cached_rows(self.cache, keys, encode)
-        return embeds, keys, hits
+        rows, hits = cached_rows(cache, keys, encode)
+        return rows, keys, hits
 
     def preprocess(self, item: VisionInput) -> ProcessedImage:
         """Pixels of one picture or video, as the vision encoder wants them."""
@@ -146,7 +169,7 @@ class VisionStage:
         """Embeddings of some temporal patches float32 [t, h × w, patch_dim] of a grid."""
         vision = self._config.vision
         cos, sin = vision_rotary_rows(grid.h, grid.w, vision.spatial_merge_size, vision.head_dim)
-        step = max(1, _PATCHES_PER_CALL // (grid.h * grid.w))
+        step = _pairs_per_call(grid)
         parts = []
         for start in range(0, len(patches), step):
             frames = patches[start : start + step]
@@ -168,12 +191,14 @@ def preprocess_vision(item: VisionInput, processor: ImageProcessorConfig) -> Pro
     """Load one picture or video of a message and turn it into patches as the checkpoint's processor says.
 
     Raises:
-        InputError: not a picture, an option that does not exist.
+        InputError: not a picture or video, an option that does not exist.
     """
-    options = _options(item)
-    if item.kind == "image":
-        return preprocess_image(load_image(item.source), processor, **options)
-    return preprocess_frames(_frames(item.source), processor, **options)
+    if item.kind == "video":
+        with _open(item) as source:
+            plan = plan_video(source, VideoOptions.of(item.options), processor)
+            pixels = np.concatenate(list(_pixels(source, plan, processor)))
+            return ProcessedImage(pixels, plan.grid, source.size, plan.size)
+    return preprocess_image(load_image(item.source), processor, **_options(item))
 
 
 def _options(item: VisionInput) -> dict[str, Any]:
@@ -183,15 +208,17 @@ def _options(item: VisionInput) -> dict[str, Any]:
     return {k: v for k, v in item.options.items() if v is not None}
 
 
-def _frames(source: object) -> list[Image.Image]:
-    """Frames of a video given as a list of pictures or a folder of them (in the order of their names)."""
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        source = sorted(p for p in Path(source).iterdir() if p.suffix.lower() in _PICTURES)
-    if not isinstance(source, Sequence) or isinstance(source, (str, bytes)):
-        raise InputError(f"video {source!r}: expected a list of pictures or a folder of them")
-    if not source:
-        raise InputError("a video has no frames; expected at least one picture")
-    return [load_image(frame) for frame in source]
+def _open(item: VisionInput) -> VideoSource:
+    return open_video(item.source, VideoOptions.of(item.options).sample_fps or DEFAULT_FPS)
 
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+def _pixels(source: VideoSource, plan: VideoPlan, processor: ImageProcessorConfig) -> Iterator[np.ndarray]:
+    """pixel_values float32 [patches, patch_dim] of a planned video, one group of frames at a time."""
+    per_group = _pairs_per_call(plan.grid) * processor.temporal_patch_size
+    with closing(source.read(plan.indices)) as frames:
+        for group in frame_groups(frames, plan.size, per_group):
+            yield frame_patches(group, plan.size, processor)
+
+
+def _pairs_per_call(grid: VisionGrid) -> int:
+    return max(1, _PATCHES_PER_CALL // (grid.h * grid.w))

@@ -92,7 +92,7 @@ BAD = [
     (["run", "{bundle}", "hi", "--image", "{tmp}/absent.jpg"], "not found; check the path"),
     (["run", "{bundle}", "hi", "--image", "{tmp}"], "is a folder"),
     (["run", "{bundle}", "hi", "--image", "{text}"], "not a picture"),
-    (["run", "{bundle}", "hi", "--video", "{photo}"], "expected a list of pictures or a folder"),
+    (["run", "{bundle}", "hi", "--video", "{photo}"], "is a PNG picture, not a video; pass it as a picture"),
     (["run", "{bundle}", "hi", "--engine", "abacus"], "engine 'abacus' is unknown"),
     (["run", "{bundle}", "hi", "--engine", "ort-cuda"], "engine 'ort-cuda' cannot run here"),
     (["run", "{bundle}", "hi", "--temperature", "-1"], "temperature"),
