@@ -22,6 +22,7 @@ from edgevl.runtime.chat import ChatSession
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK, Decoder
 from edgevl.runtime.engine import Engine, open_engine
 from edgevl.runtime.errors import CapacityError, InputError
+from edgevl.runtime.guided import FORMS, GuideCompiler
 from edgevl.runtime.kv_cache import KVCache
 from edgevl.runtime.mrope import position_ids
 from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, load_chat_template
@@ -94,6 +95,7 @@ class VisionLanguageModel:
         self._vision = VisionStage(engine.vision, self.config, bundle.image_processor)
         ids = (self.tokenizer.token_to_id(t) for t in GROUNDING_TOKENS)
         self._grounding_ids = frozenset(i for i in ids if i is not None)
+        self._guides = GuideCompiler(self.tokenizer, self.config.text.vocab_size, self.config.tokens.eos_token_ids)
 
     @classmethod
     def open(
@@ -143,7 +145,11 @@ class VisionLanguageModel:
         return self._vision.encode(VisionInput("video", video, {"min_pixels": min_pixels, "max_pixels": max_pixels}))
 
     def generation_config(self, **overrides: Any) -> GenerationConfig:
-        """The checkpoint's sampling defaults with `overrides` (fields of GenerationConfig) on top."""
+        """The checkpoint's sampling defaults with `overrides` (fields of GenerationConfig) on top; `json_schema`,
+        `regex` or `choices` among them become its guide (`GuideCompiler.compile`)."""
+        forms = {form: overrides.pop(form, None) for form in FORMS}
+        if (guide := self._guides.compile(**forms)) is not None:
+            overrides["guide"] = guide
         overrides.setdefault("eos_token_ids", self.config.tokens.eos_token_ids)
         if isinstance(overrides.get("stop"), str):
             overrides["stop"] = (overrides["stop"],)

@@ -41,6 +41,7 @@ class Row:
         self._sampler = Sampler(config, None if seed is None else np.random.default_rng(seed))
         self._detokenizer = IncrementalDetokenizer(tokenizer, keep_special=grounding_ids)
         self._stop = StopStrings(config.stop)
+        self._guide = None if config.guide is None else config.guide.start()
         self._seen = np.concatenate([prompt.ids, np.zeros(config.max_new_tokens, np.int64)])
         self._text: list[str] = []
         self.tokens: list[int] = []
@@ -60,6 +61,8 @@ class Row:
     def accept(self, logits: np.ndarray, room: bool) -> Piece:
         """Choose the next token from `logits` [vocab]; without `room` in the cache it is the last one."""
         prompt = len(self._prompt.ids)
+        if self._guide is not None:
+            logits = self._guide.mask(logits)
         token = self._sampler.next(logits, self._seen[: prompt + len(self.tokens)])
         if not self.tokens:
             self._first_token_s = time.perf_counter() - self._started
@@ -67,7 +70,8 @@ class Row:
         self.tokens.append(token)
         ended = token in self._config.eos_token_ids
         text, stopped = ("", False) if ended else self._stop.push(self._detokenizer.push(token))
-        if ended or stopped:
+        whole = self._guide is not None and self._guide.accept(token)  # nothing but an end token could follow
+        if ended or stopped or whole:
             self.finish_reason = "stop"
         elif len(self.tokens) == self._config.max_new_tokens or not room:
             self.finish_reason = "length"
