@@ -152,7 +152,7 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], videos: tuple[str, ..
 
 
 def _draw(images: Sequence[str], completion: Completion, output: Path) -> None:
-    from edgevl.runtime.grounding import draw_boxes
+    from edgevl.runtime.box_drawing import draw_boxes
     from edgevl.runtime.image_loading import load_image
 
     if not completion.boxes:

@@ -23,7 +23,9 @@ from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK, Decoder
 from edgevl.runtime.engine import Engine, open_engine
 from edgevl.runtime.errors import CapacityError, InputError
 from edgevl.runtime.guided import FORMS, GuideCompiler
+from edgevl.runtime.grounding import Box
 from edgevl.runtime.kv_cache import KVCache
+from edgevl.runtime.locate import DEFAULT_QUESTION, locate
 from edgevl.runtime.mrope import position_ids
 from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, load_chat_template
 from edgevl.runtime.results import Completion, Piece
@@ -178,6 +180,28 @@ class VisionLanguageModel:
         for _ in self._run(decoder, rows, prompts):
             pass
         return [row.completion() for row in rows]
+
+    def locate(
+        self,
+        image: Any,
+        target: str,
+        *,
+        question: str = DEFAULT_QUESTION,
+        crop: Sequence[int] | None = None,
+        **generation: Any,
+    ) -> list[Box]:
+        """Where `target` ("the search box") is in `image`: boxes in pixels of the upright original picture, none where
+        the model names none. Greedy unless a temperature is given.
+
+        Args:
+            question: how this checkpoint likes to be asked; {target} stands for the words.
+            crop: (left, top, right, bottom) in pixels: look at this part only, at its full resolution. The boxes are
+                still the whole picture's.
+
+        Raises:
+            InputError: no words, a question without {target}, a crop that leaves the picture.
+        """
+        return locate(self.generate, image, target, question, crop, **generation)
 
     def chat(self, system: str | None = None) -> ChatSession:
         """A conversation that keeps its KV cache between turns."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from edgevl.runtime.grounding import Box
+from edgevl.runtime.grounding import Box, Point
 
 __all__ = ["Completion", "FinishReason", "Piece", "Timings", "Usage"]
 
@@ -53,8 +53,9 @@ class Timings:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer. `text` keeps the grounding tokens (`<|box_start|>…`); `boxes` are them in pixels of the original
-    picture. `finish_reason` is `stop` (end token or stop string) or `length` (max_new_tokens, or a full KV cache)."""
+    """An answer. `text` keeps the grounding tokens (`<|box_start|>…`); `boxes` and `points` are what it says with them
+    or as JSON, in pixels of the original picture (`edgevl.runtime.grounding`). `finish_reason` is `stop` (end token,
+    stop string, or a form that is complete) or `length` (max_new_tokens, or a full KV cache)."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -62,6 +63,7 @@ class Completion:
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    points: tuple[Point, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)

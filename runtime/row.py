@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgevl.runtime.errors import EngineError
-from edgevl.runtime.grounding import parse_boxes
+from edgevl.runtime.grounding import Box, Point, parse_grounding
 from edgevl.runtime.results import Completion, FinishReason, Piece, Timings, Usage
 from edgevl.runtime.sampling import GenerationConfig, Sampler, StopStrings
 from edgevl.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -85,11 +85,12 @@ class Row:
         if self.finish_reason is None:
             raise EngineError("the answer has not ended; read the stream to its end first")
         text = "".join(self._text)
-        sizes = [i.original_size for i in self._prompt.images]
+        found = parse_grounding(text, [i.original_size for i in self._prompt.images])
         return Completion(
             text=text,
             token_ids=tuple(self.tokens),
-            boxes=parse_boxes(text, sizes),
+            boxes=tuple(f for f in found if isinstance(f, Box)),
+            points=tuple(f for f in found if isinstance(f, Point)),
             finish_reason=self.finish_reason,
             usage=Usage(len(self._prompt.ids), self._prompt.image_tokens, self.cached, len(self.tokens)),
             timings=Timings(

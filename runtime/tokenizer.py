@@ -26,6 +26,8 @@ GROUNDING_TOKENS = (
     "<|box_end|>",
     "<|quad_start|>",
     "<|quad_end|>",
+    "<|point_start|>",
+    "<|point_end|>",
 )
 
 # Qwen2's pre-tokenizer: contractions, words with one leading mark, single digits, marks, line ends, spaces.
