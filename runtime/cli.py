@@ -24,7 +24,7 @@ _COMMANDS = {
     "run": ("edgevl.runtime.commands", "Answer one prompt about pictures.", "ort"),
     "chat": ("edgevl.runtime.commands", "A conversation at the terminal.", "ort"),
     "verify": ("edgevl.runtime.commands", "Replay a bundle's golden vectors, stage by stage.", "ort"),
-    "inspect": ("edgevl.runtime.commands", "What a bundle or a checkpoint holds.", "ort"),
+    "inspect": ("edgevl.runtime.inspect_command", "What a bundle or a checkpoint holds.", "ort"),
     "doctor": ("edgevl.runtime.commands", "Which engines are usable here, and why the others are not.", "ort"),
 }
 

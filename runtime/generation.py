@@ -17,21 +17,25 @@ from typing import Any
 
 import numpy as np
 
+from edgevl.runtime.admission import Admission, check_opening
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.chat import ChatSession
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK, Decoder
 from edgevl.runtime.engine import Engine, open_engine
 from edgevl.runtime.errors import CapacityError, InputError
-from edgevl.runtime.guided import FORMS, GuideCompiler
 from edgevl.runtime.grounding import Box
+from edgevl.runtime.guided import FORMS, GuideCompiler
+from edgevl.runtime.image_processing import VisionGrid
 from edgevl.runtime.kv_cache import KVCache
 from edgevl.runtime.locate import DEFAULT_QUESTION, locate
 from edgevl.runtime.mrope import position_ids
+from edgevl.runtime.profile import Profile
 from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, load_chat_template
 from edgevl.runtime.results import Completion, Piece
 from edgevl.runtime.row import Row
 from edgevl.runtime.sampling import GenerationConfig
 from edgevl.runtime.tokenizer import GROUNDING_TOKENS, Tokenizer
+from edgevl.runtime.ttft import PixelChoice, choose_pixels
 from edgevl.runtime.vision import EncodedImage, VisionStage
 
 __all__ = ["PreparedPrompt", "Stream", "VisionLanguageModel"]
@@ -82,6 +86,7 @@ class VisionLanguageModel:
         engine: Engine,
         capacity: int | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        memory_limit: int | str | None = None,
     ) -> None:
         self.bundle, self.engine, self.config = bundle, engine, bundle.model
         self.capacity = bundle.max_tokens if capacity is None else capacity
@@ -94,7 +99,8 @@ class VisionLanguageModel:
         # Grounding tokens in messages stay tokens: users refer to boxes with them, and earlier answers hold them.
         template = load_chat_template(bundle.folder)
         self._builder = PromptBuilder(self.tokenizer, template, self.config, trusted=GROUNDING_TOKENS)
-        self._vision = VisionStage(engine.vision, self.config, bundle.image_processor)
+        self._admission = Admission(bundle, engine.name, prefill_chunk, memory_limit)
+        self._vision = VisionStage(engine.vision, self.config, bundle.image_processor, self._admission.picture)
         ids = (self.tokenizer.token_to_id(t) for t in GROUNDING_TOKENS)
         self._grounding_ids = frozenset(i for i in ids if i is not None)
         self._guides = GuideCompiler(self.tokenizer, self.config.text.vocab_size, self.config.tokens.eos_token_ids)
@@ -109,6 +115,7 @@ class VisionLanguageModel:
         capacity: int | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         verify_hashes: bool = False,
+        memory_limit: int | str | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> VisionLanguageModel:
         """Open a bundle folder on an engine.
@@ -119,12 +126,16 @@ class VisionLanguageModel:
             capacity: tokens that a KV cache holds; the bundle's `max_tokens` by default.
             prefill_chunk: most prompt tokens that go through the decoder at once; bounds activation memory.
             verify_hashes: check every file's sha256 first.
+            memory_limit: bytes, or "4GB", that the process may have in memory; opening and every request that would
+                pass it are refused before they run, with advice. By default what the machine (or its cgroup) has
+                left; "off" refuses nothing.
 
         Raises:
             BundleError, EngineError, InputError: see the classes.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes)
-        return cls(opened, open_engine(opened, engine, threads, notice), capacity, prefill_chunk)
+        check_opening(opened, memory_limit)
+        return cls(opened, open_engine(opened, engine, threads, notice), capacity, prefill_chunk, memory_limit)
 
     def close(self) -> None:
         self.engine.close()
@@ -160,8 +171,18 @@ class VisionLanguageModel:
         return GenerationConfig.from_defaults(self.config.generation, **overrides)
 
     def stream(self, messages: Sequence[dict[str, Any]], **generation: Any) -> Stream:
-        """Answer `messages` token by token. `generation`: fields of GenerationConfig."""
-        config, started = self.generation_config(**generation), time.perf_counter()
+        """Answer `messages` token by token. `generation`: fields of GenerationConfig, one of `json_schema`, `regex` and
+        `choices`, and
+
+        ttft_budget_s: shrink the pictures until the first token is expected within so many seconds; `profile` names
+            the file of measured speeds to expect it by (`choose_pixels`).
+        started: when the request began (time.perf_counter), for the timings.
+        """
+        budget, profile = generation.pop("ttft_budget_s", None), generation.pop("profile", None)
+        started = generation.pop("started", None) or time.perf_counter()
+        config = self.generation_config(**generation)
+        if budget is not None:
+            messages = self.choose_pixels(messages, budget, profile, started).messages
         prompt = self.prepare(messages)
         return self.stream_prompt(prompt, config, self.decoder(), started=started)
 
@@ -175,6 +196,7 @@ class VisionLanguageModel:
         prompts = [self.prepare(messages) for messages in conversations]
         if not prompts:
             raise InputError("a batch has no conversations; expected at least one")
+        self._admission.answers(prompts, config.max_new_tokens)
         decoder = self.decoder(len(prompts))
         rows = [self._row(p, config, started, i) for i, p in enumerate(prompts)]
         for _ in self._run(decoder, rows, prompts):
@@ -202,6 +224,21 @@ class VisionLanguageModel:
             InputError: no words, a question without {target}, a crop that leaves the picture.
         """
         return locate(self.generate, image, target, question, crop, **generation)
+
+    def choose_pixels(
+        self,
+        messages: Sequence[dict[str, Any]],
+        budget_s: float,
+        profile: str | Path | Profile | None = None,
+        started: float | None = None,
+    ) -> PixelChoice:
+        """Pictures as large as a time to first token of `budget_s` allows; see `edgevl.runtime.ttft.choose_pixels`."""
+
+        def text_tokens(messages: list[dict[str, Any]], grids: list[VisionGrid]) -> int:
+            prompt = self._builder.build(messages, grids)
+            return len(prompt.input_ids) - sum(g.tokens(self.config.vision.spatial_merge_size) for g in grids)
+
+        return choose_pixels(messages, budget_s, self.bundle, self.engine, text_tokens, profile, started)
 
     def chat(self, system: str | None = None) -> ChatSession:
         """A conversation that keeps its KV cache between turns."""
@@ -249,6 +286,7 @@ class VisionLanguageModel:
         started: float | None = None,
     ) -> Stream:
         """Answer a prepared prompt whose first `cached` tokens are already in row 0 of the decoder's cache."""
+        self._admission.answers([prompt], config.max_new_tokens, cached)
         row = self._row(prompt, config, time.perf_counter() if started is None else started, 0, cached)
         return Stream((piece for _, piece in self._run(decoder, [row], [prompt])), row)
 

@@ -88,8 +88,8 @@ class GuideState:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise EngineError(
-                f"the {self._guide.kind} {self._guide.form} cannot be followed: {_one_line(self._matcher.get_error())}; "
-                "simplify it"
+                f"the {self._guide.kind} {self._guide.form} cannot be followed: "
+                f"{_one_line(self._matcher.get_error())}; simplify it"
             )
 
 

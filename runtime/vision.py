@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,15 @@ class EncodedImage:
 class VisionStage:
     """The picture half of the model: preprocessing as the checkpoint says, then the vision graph."""
 
-    def __init__(self, graph: GraphRunner, config: ModelConfig, processor: ImageProcessorConfig) -> None:
-        self._graph, self._config, self._processor = graph, config, processor
+    def __init__(
+        self,
+        graph: GraphRunner,
+        config: ModelConfig,
+        processor: ImageProcessorConfig,
+        admit: Callable[[ProcessedImage], None] | None = None,
+    ) -> None:
+        """`admit` is asked before a picture is encoded, and raises where there is no memory for it."""
+        self._graph, self._config, self._processor, self._admit = graph, config, processor, admit
 
     def encode(self, item: VisionInput) -> EncodedImage:
         """Encode one picture or video of a message; an EncodedImage passes through.
@@ -65,6 +72,8 @@ class VisionStage:
             return item.source
         started = time.perf_counter()
         processed = self.preprocess(item)
+        if self._admit is not None:
+            self._admit(processed)
         done = time.perf_counter()
         embeds = self.run(processed)
         return EncodedImage(
