@@ -100,7 +100,8 @@ class Admission:
         advice = "no smaller size fits either" if best is None else f"max_pixels {best} would fit"
         what = f"a picture of {width}×{height} pixels" if grid.t == 1 else f"a video of {grid.t}×{width}×{height}"
         raise CapacityError(
-            f"{what} (after the resize) needs {shown(needed)} to encode, {shown(room)} are {_whose(self._limit)}; {advice}"
+            f"{what} (after the resize) needs {shown(needed)} to encode, "
+            f"{shown(room)} are {_whose(self._limit)}; {advice}"
         )
 
     def _max_pixels(self, height: int, width: int, frames: int, room: int) -> int | None:

@@ -167,7 +167,8 @@ def _planned(
     ]  # fmt: skip
     first = plans[0][1]
     head = (
-        f"{bundle.folder}: {bundle.precision}, ort-cpu, {count} pictures, {text} tokens of text and answer, batch {rows}\n"
+        f"{bundle.folder}: {bundle.precision}, ort-cpu; {count} pictures, {text} tokens of text and answer, "
+        f"batch {rows}\n"
         f"libraries and tokenizer {shown(first.base)}, weights {shown(first.weights)}, "
         f"while opening {shown(first.opening)}"
     )
