@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgevl.runtime.chat import ChatSession
     from edgevl.runtime.errors import EdgeVLError
     from edgevl.runtime.generation import Stream, VisionLanguageModel
-    from edgevl.runtime.grounding import Box
+    from edgevl.runtime.grounding import Box, Point
     from edgevl.runtime.results import Completion, Piece, Timings, Usage
     from edgevl.runtime.sampling import GenerationConfig
     from edgevl.runtime.vision import EncodedImage
@@ -27,6 +27,7 @@ _HOME = {
     "EncodedImage": "vision",
     "GenerationConfig": "sampling",
     "Piece": "results",
+    "Point": "grounding",
     "Stream": "generation",
     "Timings": "results",
     "Usage": "results",
@@ -42,6 +43,7 @@ __all__ = [
     "EncodedImage",
     "GenerationConfig",
     "Piece",
+    "Point",
     "Stream",
     "Timings",
     "Usage",

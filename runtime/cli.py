@@ -25,7 +25,7 @@ _COMMANDS = {
     "chat": ("edgevl.runtime.commands", "A conversation at the terminal.", "ort"),
     "watch": ("edgevl.runtime.watch_command", "Answer about a camera, stream or folder again and again.", "ort"),
     "verify": ("edgevl.runtime.commands", "Replay a bundle's golden vectors, stage by stage.", "ort"),
-    "inspect": ("edgevl.runtime.commands", "What a bundle or a checkpoint holds.", "ort"),
+    "inspect": ("edgevl.runtime.inspect_command", "What a bundle or a checkpoint holds.", "ort"),
     "bench": ("edgevl.benchmarks.commands", "Measure bundles: stages, percentiles, memory, energy.", "bench"),
     "doctor": ("edgevl.runtime.commands", "Which engines are usable here, and why the others are not.", "ort"),
 }

@@ -1,4 +1,4 @@
-"""The device side's subcommands: run, chat, verify, inspect, doctor."""
+"""The device side's subcommands: run, chat, verify, doctor; inspect is in `inspect_command`."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from typing import Any
 import click
 from tabulate import tabulate
 
-from edgevl.runtime.bundle import MANIFEST, Bundle
+from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.chat import ON_FULL
 from edgevl.runtime.engine import ENGINES, engine_status
 from edgevl.runtime.errors import EdgeVLError, InputError
 from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB
 from edgevl.runtime.results import Completion
+from edgevl.runtime.run_options import budget_options, draw, guide_options, guide_settings, note, within_budget
 
-__all__ = ["chat", "doctor", "inspect", "run", "verify"]
+__all__ = ["chat", "doctor", "run", "verify"]
 
 _Command = Callable[..., Any]
-
-
-def note(message: str) -> None:
-    """One line for the person at the terminal; stdout stays for results."""
-    click.echo(message, err=True)
 
 
 def _engine_options(command: _Command) -> _Command:
     for option in (
         click.option("--verify-hashes", is_flag=True, help="Check every file's sha256 before running."),
+        click.option(
+            "--memory-limit",
+            metavar="SIZE",
+            help="Refuse what would take this process past 4GB, 512MB, ... [default: what the machine has left; off].",
+        ),
         click.option(
             "--prefill-chunk",
             type=int,
@@ -92,7 +93,7 @@ _SAMPLING = (
     "stop",
     "lookup_tokens",
 )
-_ENGINE = ("engine", "threads", "capacity", "prefill_chunk", "image_cache_mb", "verify_hashes")
+_ENGINE = ("engine", "threads", "capacity", "prefill_chunk", "image_cache_mb", "memory_limit", "verify_hashes")
 
 
 def _open(bundle: str, options: dict[str, Any]) -> Any:
@@ -167,9 +168,11 @@ def _stats(completion: Completion) -> str:
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option("--min-pixels", type=int, help="Enlarge pictures and frames to at least this many pixels.")
 @click.option("--max-pixels", type=int, help="Shrink them to at most this many pixels: fewer tokens, faster.")
-@click.option("--draw-boxes", metavar="OUT.png", help="Draw the boxes of the answer on the last picture.")
+@click.option("--draw-boxes", metavar="OUT.png", help="Draw the answer's boxes and points on their picture.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: text, boxes, tokens, timings, finish_reason.")
 @click.option("--stats", is_flag=True, help="The stages' times on stderr.")
+@budget_options
+@guide_options
 @_sampling_options
 @_engine_options
 def run(bundle: str, prompt: str, images: tuple[str, ...], videos: tuple[str, ...], **options: Any) -> None:
@@ -188,8 +191,10 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], videos: tuple[str, ..
     system = options["system"]
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": content})
+    forms = guide_settings(options)
     with _open(bundle, options) as model:
-        stream = model.stream(messages, **_sampling(options))
+        messages, started = within_budget(model, messages, options)
+        stream = model.stream(messages, started=started, **_sampling(options), **forms)
         if not options["as_json"]:
             for piece in stream:
                 click.echo(piece.text, nl=False)
@@ -200,26 +205,10 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], videos: tuple[str, ..
         click.echo(json.dumps(data, ensure_ascii=False))
     if options["stats"]:
         note(_stats(completion))
+    if forms and completion.finish_reason == "length":
+        note("the answer was cut before it was complete; raise --max-new-tokens")
     if options["draw_boxes"] is not None:
-        _draw(images, completion, Path(options["draw_boxes"]))
-
-
-def _draw(images: Sequence[str], completion: Completion, output: Path) -> None:
-    from edgevl.runtime.grounding import draw_boxes
-    from edgevl.runtime.image_loading import load_image
-
-    if not completion.boxes:
-        note(f"no boxes in the answer; {output} was not written")
-        return
-    picture = draw_boxes(load_image(images[-1]), [b for b in completion.boxes if b.image == len(images) - 1])
-    partial = output.with_name(f".{output.name}.partial{output.suffix}")
-    try:
-        picture.save(partial)
-    except (OSError, ValueError) as e:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{output}: cannot be written ({e}); expected a picture name such as out.png") from None
-    partial.replace(output)
-    note(f"wrote {output} with {len(completion.boxes)} boxes")
+        draw(images, completion, Path(options["draw_boxes"]))
 
 
 _CHAT_HELP = """/image FILE    add a picture to the next question (again for more)
@@ -384,102 +373,6 @@ def _add_golden(bundle: str, checkpoint: str) -> None:
         ) from None
     module.add_golden(Path(bundle), checkpoint, notice=note, progress=lambda case: note(f"golden: {case}"))
     note(f"golden vectors written to {bundle}")
-
-
-@click.command()
-@click.argument("path")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def inspect(path: str, as_json: bool) -> None:
-    """What a BUNDLE or CHECKPOINT holds: model, graphs, tensors, precision, sizes, rules, hashes.
-
-    \b
-    Example:
-      edgevl inspect bundle --json
-    """
-    folder = Path(path)
-    if (folder / MANIFEST).exists() or not (folder / "config.json").exists():
-        bundle = Bundle.open(folder)
-        click.echo(json.dumps(bundle.manifest(), ensure_ascii=False) if as_json else _describe(bundle))
-        return
-    from edgevl.runtime.checkpoint import Checkpoint
-
-    with Checkpoint.open(folder) as checkpoint:
-        tensors = [
-            {"name": n, "dtype": checkpoint.dtype(n), "shape": list(checkpoint.shape(n))} for n in checkpoint.names()
-        ]
-        if as_json:
-            quantization = checkpoint.describe_quantization()
-            click.echo(
-                json.dumps({"model": checkpoint.config.to_dict(), "quantization": quantization, "tensors": tensors})
-            )
-            return
-        click.echo(_model_lines(checkpoint.config, checkpoint.describe_quantization()))
-        click.echo(
-            tabulate(
-                [(t["name"], t["dtype"], "×".join(map(str, t["shape"]))) for t in tensors],
-                headers=("tensor", "dtype", "shape"),
-                tablefmt="simple",
-            )
-        )
-
-
-def _model_lines(config: Any, quantization: dict[str, Any] | None = None) -> str:
-    t, v = config.text, config.vision
-    rows = [
-        (
-            "decoder",
-            f"{t.num_hidden_layers} layers, hidden {t.hidden_size}, mlp {t.intermediate_size}, "
-            f"{t.num_attention_heads}/{t.num_key_value_heads} heads of {t.head_dim}, vocabulary {t.vocab_size}",
-        ),
-        (
-            "",
-            f"M-RoPE sections {list(t.mrope_section)}, theta {t.rope_theta:g}, "
-            f"{'tied' if t.tie_word_embeddings else 'untied'} head, {t.max_position_embeddings} positions",
-        ),
-        (
-            "vision",
-            f"{v.depth} blocks, width {v.embed_dim}, {v.num_heads} heads, patch {v.patch_size}, "
-            f"merge {v.spatial_merge_size}, temporal {v.temporal_patch_size}",
-        ),
-    ]
-    if quantization is not None:
-        q = {k: "/".join(map(str, v)) if isinstance(v, list) else v for k, v in quantization.items()}
-        groups = q["group_size"].replace("-1", "whole rows")
-        rows.append(
-            (
-                "quantized",
-                f"{q['method']} ({q['format']}), {q['layers']} layers of {q['bits']} bits, groups {groups}; "
-                f"decoder precision {q['precision']}",
-            )
-        )
-    return tabulate(rows, tablefmt="plain")
-
-
-def _describe(bundle: Bundle) -> str:
-    head = [
-        ("bundle", f"{bundle.folder} (edgevl {bundle.edgevl_version})"),
-        ("target", f"{bundle.target}, needs " + ", ".join(f"{k} >= {v}" for k, v in bundle.requires.items())),
-        ("precision", bundle.precision),
-        ("rules", f"M-RoPE {bundle.mrope_rule}, up to {bundle.max_tokens} tokens"),
-    ]
-    lines = [tabulate(head, tablefmt="plain"), _model_lines(bundle.model)]
-    for role, graph in bundle.graphs.items():
-        cache = {n for pair in graph.spec.cache for n in pair}
-        rows = [
-            (kind, t.name, t.dtype, "×".join(map(str, t.shape)))
-            for kind, tensors in (("in", graph.spec.inputs), ("out", graph.spec.outputs))
-            for t in tensors
-            if t.name not in cache
-        ]
-        if graph.spec.cache:
-            t = graph.spec.input(graph.spec.cache[0][0])
-            rows.append(("cache", f"{len(graph.spec.cache)} tensors", t.dtype, "×".join(map(str, t.shape))))
-        lines.append(f"{role}: {graph.file}, {graph.precision}\n" + tabulate(rows, tablefmt="plain"))
-    files = [(n, f"{f.size:,}", f.sha256[:16]) for n, f in sorted(bundle.files.items())]
-    lines.append(
-        tabulate(files, headers=("file", "bytes", "sha256"), tablefmt="simple", colalign=("left", "right", "left"))
-    )
-    return "\n\n".join(lines)
 
 
 @click.command()

@@ -19,22 +19,28 @@ from typing import Any
 
 import numpy as np
 
+from edgevl.runtime.admission import Admission, check_opening
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.chat import ChatSession
 from edgevl.runtime.decode_loop import DecodeLoop
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK, Decoder
 from edgevl.runtime.engine import Engine, open_engine
 from edgevl.runtime.errors import CapacityError, EdgeVLError, InputError
+from edgevl.runtime.grounding import Box
+from edgevl.runtime.guided import FORMS, GuideCompiler
 from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB, ImageCache
 from edgevl.runtime.image_processing import VisionGrid
 from edgevl.runtime.kv_cache import KVCache
+from edgevl.runtime.locate import DEFAULT_QUESTION, locate
 from edgevl.runtime.mrope import position_ids
 from edgevl.runtime.prefix_cache import PrefixCache, token_identity
+from edgevl.runtime.profile import Profile
 from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, load_chat_template
 from edgevl.runtime.results import Completion, Piece
 from edgevl.runtime.row import Row
 from edgevl.runtime.sampling import GenerationConfig
 from edgevl.runtime.tokenizer import GROUNDING_TOKENS, Tokenizer
+from edgevl.runtime.ttft import PixelChoice, choose_pixels
 from edgevl.runtime.vision import EncodedImage, VisionStage
 
 __all__ = ["PreparedPrompt", "Stream", "VisionLanguageModel"]
@@ -98,6 +104,7 @@ class VisionLanguageModel:
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         image_cache_mb: float = DEFAULT_IMAGE_CACHE_MB,
         prefix_cache_mb: float = 0,
+        memory_limit: int | str | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.bundle, self.engine, self.config = bundle, engine, bundle.model
@@ -116,9 +123,12 @@ class VisionLanguageModel:
                 raise InputError(f"{name} is {value}, expected 0 (off) or more megabytes")
         self.image_cache = ImageCache(int(image_cache_mb * 1e6))
         self.prefix_cache = PrefixCache(int(prefix_cache_mb * 1e6)) if prefix_cache_mb else None
-        self._vision = VisionStage(engine.vision, self.config, bundle.image_processor, self.image_cache)
+        self._admission = Admission(bundle, engine.name, prefill_chunk, memory_limit)
+        admit = self._admission.picture
+        self._vision = VisionStage(engine.vision, self.config, bundle.image_processor, self.image_cache, admit)
         ids = (self.tokenizer.token_to_id(t) for t in GROUNDING_TOKENS)
         self._grounding_ids = frozenset(i for i in ids if i is not None)
+        self._guides = GuideCompiler(self.tokenizer, self.config.text.vocab_size, self.config.tokens.eos_token_ids)
 
     @classmethod
     def open(
@@ -132,6 +142,7 @@ class VisionLanguageModel:
         image_cache_mb: float = DEFAULT_IMAGE_CACHE_MB,
         prefix_cache_mb: float = 0,
         verify_hashes: bool = False,
+        memory_limit: int | str | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> VisionLanguageModel:
         """Open a bundle folder on an engine.
@@ -146,15 +157,19 @@ class VisionLanguageModel:
                 and `generate_batch` then prefill only what no earlier request began with. 0 keeps none. It comes on
                 top of the KV cache of the request itself; a 2B model in float32 takes 57 kB a token.
             verify_hashes: check every file's sha256 first.
+            memory_limit: bytes, or "4GB", that the process may have in memory; opening and every request that would
+                pass it are refused before they run, with advice. By default what the machine (or its cgroup) has
+                left; "off" refuses nothing.
             notice: gets a line on the engine chosen, and on every video: frames, size, what was changed to fit.
 
         Raises:
             BundleError, EngineError, InputError: see the classes.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes)
+        check_opening(opened, memory_limit)
         runner = open_engine(opened, engine, threads, notice)
         try:
-            return cls(opened, runner, capacity, prefill_chunk, image_cache_mb, prefix_cache_mb, notice)
+            return cls(opened, runner, capacity, prefill_chunk, image_cache_mb, prefix_cache_mb, memory_limit, notice)
         except EdgeVLError:
             runner.close()
             raise
@@ -206,7 +221,11 @@ class VisionLanguageModel:
         return tuple(done[i] for i in range(len(items)))
 
     def generation_config(self, **overrides: Any) -> GenerationConfig:
-        """The checkpoint's sampling defaults with `overrides` (fields of GenerationConfig) on top."""
+        """The checkpoint's sampling defaults with `overrides` (fields of GenerationConfig) on top; `json_schema`,
+        `regex` or `choices` among them become its guide (`GuideCompiler.compile`)."""
+        forms = {form: overrides.pop(form, None) for form in FORMS}
+        if (guide := self._guides.compile(**forms)) is not None:
+            overrides["guide"] = guide
         overrides.setdefault("eos_token_ids", self.config.tokens.eos_token_ids)
         if isinstance(overrides.get("stop"), str):
             overrides["stop"] = (overrides["stop"],)
@@ -215,8 +234,18 @@ class VisionLanguageModel:
         return GenerationConfig.from_defaults(self.config.generation, **overrides)
 
     def stream(self, messages: Sequence[dict[str, Any]], **generation: Any) -> Stream:
-        """Answer `messages` token by token. `generation`: fields of GenerationConfig."""
-        config, started = self.generation_config(**generation), time.perf_counter()
+        """Answer `messages` token by token. `generation`: fields of GenerationConfig, one of `json_schema`, `regex` and
+        `choices`, and
+
+        ttft_budget_s: shrink the pictures until the first token is expected within so many seconds; `profile` names
+            the file of measured speeds to expect it by (`choose_pixels`).
+        started: when the request began (time.perf_counter), for the timings.
+        """
+        budget, profile = generation.pop("ttft_budget_s", None), generation.pop("profile", None)
+        started = generation.pop("started", None) or time.perf_counter()
+        config = self.generation_config(**generation)
+        if budget is not None:
+            messages = self.choose_pixels(messages, budget, profile, started).messages
         prompt = self.prepare(messages, config.max_new_tokens)
         return self.stream_prompt(prompt, config, self.decoder(), started=started)
 
@@ -230,10 +259,48 @@ class VisionLanguageModel:
         prompts = [self.prepare(messages, config.max_new_tokens) for messages in conversations]
         if not prompts:
             raise InputError("a batch has no conversations; expected at least one")
+        self._admission.answers(prompts, config.max_new_tokens)
         rows, pieces = self.stream_prompts(prompts, config, started)
         for _ in pieces:
             pass
         return [row.completion() for row in rows]
+
+    def locate(
+        self,
+        image: Any,
+        target: str,
+        *,
+        question: str = DEFAULT_QUESTION,
+        crop: Sequence[int] | None = None,
+        **generation: Any,
+    ) -> list[Box]:
+        """Where `target` ("the search box") is in `image`: boxes in pixels of the upright original picture, none where
+        the model names none. Greedy unless a temperature is given.
+
+        Args:
+            question: how this checkpoint likes to be asked; {target} stands for the words.
+            crop: (left, top, right, bottom) in pixels: look at this part only, at its full resolution. The boxes are
+                still the whole picture's.
+
+        Raises:
+            InputError: no words, a question without {target}, a crop that leaves the picture.
+        """
+        return locate(self.generate, image, target, question, crop, **generation)
+
+    def choose_pixels(
+        self,
+        messages: Sequence[dict[str, Any]],
+        budget_s: float,
+        profile: str | Path | Profile | None = None,
+        started: float | None = None,
+    ) -> PixelChoice:
+        """Pictures as large as a time to first token of `budget_s` allows; see `edgevl.runtime.ttft.choose_pixels`."""
+
+        def text_tokens(messages: list[dict[str, Any]], grids: list[VisionGrid]) -> int:
+            prompt = self._builder.build(messages, grids)
+            return len(prompt.input_ids) - sum(g.tokens(self.config.vision.spatial_merge_size) for g in grids)
+
+        return choose_pixels(messages, budget_s, self.bundle, self.engine, text_tokens, profile, started)
 
     def chat(self, system: str | None = None, on_full: str = "refuse") -> ChatSession:
         """A conversation that keeps its KV cache between turns.
@@ -294,6 +361,7 @@ class VisionLanguageModel:
         started: float | None = None,
     ) -> Stream:
         """Answer a prepared prompt whose first `cached` tokens are already in row 0 of the decoder's cache."""
+        self._admission.answers([prompt], config.max_new_tokens, cached)
         row = self._row(prompt, config, time.perf_counter() if started is None else started, 0, cached)
         return Stream(_pieces(self._loop(decoder).run([row], [prompt])), row)
 

@@ -1,55 +1,61 @@
-"""Boxes in an answer's text to pixels of the original picture, and drawing them; knows no model and no tokenizer.
+"""Boxes and points of an answer's text to pixels of the original picture; knows no model and no tokenizer.
 
-Qwen2-VL writes `<|object_ref_start|>name<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>` with coordinates
-0..1000 relative to the picture (Qwen2-VL paper, arXiv:2409.12191, section 2.2.1). The format names no picture: all
-boxes refer to the last one of the prompt. Pillow is needed for drawing only.
+Three ways of writing them are read, wherever they stand in a text:
+
+    <|object_ref_start|>name<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>     a box
+    <|box_start|>(x,y)<|box_end|>, <|point_start|>(x,y)<|point_end|>                      a point
+    {"bbox_2d": [x1, y1, x2, y2], "label": "name"}, {"point_2d": [x, y], "label": "name"} JSON, fenced or not
+
+Coordinates are thousandths of the picture's width and height in all of them: Qwen2-VL's convention (arXiv:2409.12191,
+section 2.2.1), which needs no knowledge of the resize. Qwen2.5-VL writes JSON in pixels of the resized picture; that
+is another model and is not guessed at. A box or point outside 0..1000 by more than 1 is malformed: to clamp it would
+invent an edge which nobody saw. What is malformed stays text.
 """
 
 from __future__ import annotations
 
-import colorsys
-import math
+import json
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import Any
 
 from edgevl.runtime.errors import InputError
 
-if TYPE_CHECKING:
-    from PIL import Image, ImageDraw, ImageFont
-
-__all__ = ["Box", "draw_boxes", "parse_boxes", "strip_grounding"]
+__all__ = ["Box", "Point", "parse_boxes", "parse_grounding", "strip_grounding"]
 
 SCALE = 1000
 SLACK = 1  # a coordinate this far outside 0..SCALE is a rounding of the model's, and is moved to the edge
-# A name (group 1) or what stands between box tokens (group 2); neither may hold another token.
+# A name (group 1) or what stands between box or point tokens (groups 2, 3); none may hold another token.
 _ITEM = re.compile(
-    r"<\|object_ref_start\|>((?:(?!<\|).)*)<\|object_ref_end\|>|<\|box_start\|>((?:(?!<\|).)*)<\|box_end\|>", re.DOTALL
+    r"<\|object_ref_start\|>((?:(?!<\|).)*)<\|object_ref_end\|>|<\|box_start\|>((?:(?!<\|).)*)<\|box_end\|>"
+    r"|<\|point_start\|>((?:(?!<\|).)*)<\|point_end\|>",
+    re.DOTALL,
 )
 _NUMBER = r"\s*(-?[0-9]{1,4}(?:\.[0-9]{1,6})?)\s*"
+_POINT = re.compile(rf"\s*\({_NUMBER},{_NUMBER}\)\s*")
 _CORNERS = re.compile(rf"\s*\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)\s*")
 _BETWEEN = re.compile(r"[\s,;、，；]*(?:and\s+|&\s*|和)?")  # may stand between a name and the boxes it covers
-_TOKENS = re.compile(r"(?:<\|(?:object_ref|box|quad)_(?:start|end)\|>)+")
+_TOKENS = re.compile(r"(?:<\|(?:object_ref|box|quad|point)_(?:start|end)\|>)+")
+# The innermost objects of a text, strings skipped whole; bounded, so that no text takes quadratic time.
+_OBJECT = re.compile(r"\{(?:[^{}\"]|\"(?:[^\"\\]|\\.){0,500}\"){0,500}\}")
+_JSON_KEYS = {"bbox_2d": 4, "point_2d": 2}
+# "Picture 2" (as the chat template numbers pictures): what follows is about that one.
+_PICTURE = re.compile(r"\b(?:picture|image|photo)\s*#?\s*([0-9]{1,4})\b|图片?\s*([0-9]{1,4})", re.IGNORECASE)
 
 _OPENING, _CLOSING = "([{（「", ".,;:!?)]}。，；：、！？）」"  # no space after, or before, one of these
 
-Corners = tuple[float, float, float, float]
-Pixels = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are the last ones inside
-Colour = tuple[int, int, int]
-
-# After Okabe and Ito's palette, which all kinds of colour vision can tell apart.
-_PALETTE: tuple[Colour, ...] = (
-    (213, 94, 0),
-    (0, 114, 178),
-    (0, 158, 115),
-    (204, 121, 167),
-    (240, 228, 66),
-    (86, 180, 233),
-)
-_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, never come close: hues after the palette's
-_LABEL_LETTERS = 200  # nobody reads more on a picture
+# EXIF orientation (EXIF 2.3, 4.6.4) -> where the upright point (x, y) of a w × h picture lies in the stored pixels.
+_STORED = {
+    1: lambda x, y, w, h: (x, y),
+    2: lambda x, y, w, h: (w - x, y),
+    3: lambda x, y, w, h: (w - x, h - y),
+    4: lambda x, y, w, h: (x, h - y),
+    5: lambda x, y, w, h: (y, x),
+    6: lambda x, y, w, h: (y, w - x),
+    7: lambda x, y, w, h: (h - y, w - x),
+    8: lambda x, y, w, h: (h - y, x),
+}
 
 
 @dataclass(frozen=True)
@@ -63,50 +69,125 @@ class Box:
     y2: float
     image: int = 0
 
+    def moved(self, dx: float, dy: float) -> Box:
+        """The same in a larger picture, of which this one was the crop whose left upper corner is (dx, dy)."""
+        return replace(self, x1=self.x1 + dx, y1=self.y1 + dy, x2=self.x2 + dx, y2=self.y2 + dy)
+
+    def stored(self, size: tuple[int, int], orientation: int) -> Box:
+        """The same in the pixels as a file stores them, for readers that ignore its EXIF orientation.
+
+        Args:
+            size: (width, height) of the upright picture. orientation: the EXIF tag, 1 to 8.
+
+        Raises:
+            InputError: another orientation.
+        """
+        ax, ay = _stored(self.x1, self.y1, size, orientation)
+        bx, by = _stored(self.x2, self.y2, size, orientation)
+        return replace(self, x1=min(ax, bx), y1=min(ay, by), x2=max(ax, bx), y2=max(ay, by))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point in pixels of the original picture, like a Box."""
+
+    label: str
+    x: float
+    y: float
+    image: int = 0
+
+    def moved(self, dx: float, dy: float) -> Point:
+        """See Box.moved."""
+        return replace(self, x=self.x + dx, y=self.y + dy)
+
+    def stored(self, size: tuple[int, int], orientation: int) -> Point:
+        """See Box.stored."""
+        x, y = _stored(self.x, self.y, size, orientation)
+        return replace(self, x=x, y=y)
+
+
+def _stored(x: float, y: float, size: tuple[int, int], orientation: int) -> tuple[float, float]:
+    if orientation not in _STORED:
+        raise InputError(f"EXIF orientation {orientation!r}, expected 1 to 8")
+    return _STORED[orientation](x, y, *size)
+
 
 def parse_boxes(text: str, image_sizes: Sequence[tuple[int, int]]) -> tuple[Box, ...]:
-    """Every well-formed box of `text`, in order: pixel = coordinate / 1000 × size.
+    """The boxes among `parse_grounding`."""
+    return tuple(found for found in parse_grounding(text, image_sizes) if isinstance(found, Box))
 
-    A name covers the boxes that follow it with nothing but commas, spaces or "and" between; another box has the label
-    "". A box with a token missing, other than four numbers, a coordinate outside 0..1000 (by more than 1, a rounding,
-    which is moved to the edge) or swapped corners is not a box: it stays text. Never raises on any text.
+
+def parse_grounding(text: str, image_sizes: Sequence[tuple[int, int]]) -> tuple[Box | Point, ...]:
+    """Every well-formed box and point of `text`, in order: pixel = coordinate / 1000 × size.
+
+    A name covers what follows it with nothing but commas, spaces or "and" between; anything else has the label "". A
+    box with a token missing, of other than four numbers, with a coordinate outside 0..1000 (by more than 1, a
+    rounding, which is moved to the edge) or swapped corners is not a box: it stays text. Never raises on any text.
+
+    The formats name no picture: boxes are the last picture's, unless the text says "Picture 2" (numbered from 1 over
+    pictures and videos) before them.
 
     Args:
-        image_sizes: (width, height) in pixels of the prompt's original pictures, upright. All boxes are the last
-            one's; without a picture there are no boxes.
+        image_sizes: (width, height) in pixels of the prompt's original pictures, upright. Without a picture there are
+            no boxes.
     """
     if not image_sizes:
         return ()
-    image = len(image_sizes) - 1
-    width, height = image_sizes[image]
-    return tuple(
-        Box(label, x1 * width / SCALE, y1 * height / SCALE, x2 * width / SCALE, y2 * height / SCALE, image)
-        for label, (x1, y1, x2, y2) in _items(text)
-    )
+    mentions = [(m.start(), int(m[1] or m[2]) - 1) for m in _PICTURE.finditer(text)]
+    mentions = [(at, image) for at, image in mentions if 0 <= image < len(image_sizes)]
+    found = []
+    for at, label, numbers in sorted([*_token_items(text), *_json_items(text)], key=lambda item: item[0]):
+        image = next((i for place, i in reversed(mentions) if place < at), len(image_sizes) - 1)
+        width, height = image_sizes[image]
+        pixels = [n * (height if i % 2 else width) / SCALE for i, n in enumerate(numbers)]
+        found.append(Box(label, *pixels, image) if len(pixels) == 4 else Point(label, *pixels, image))
+    return tuple(found)
 
 
-def _items(text: str) -> Iterator[tuple[str, Corners]]:
+_Item = tuple[int, str, tuple[float, ...]]  # place in the text, label, two or four thousandths
+
+
+def _token_items(text: str) -> Iterator[_Item]:
     label, end = "", 0  # end: how far the name, and the boxes it covers, reach
     for match in _ITEM.finditer(text):
-        name, inside = match.groups()
+        name, box, point = match.groups()
         if name is not None:
             label = name.strip()
         elif not _BETWEEN.fullmatch(text, end, match.start()):
             label = ""
         end = match.end()
-        if inside is not None and (corners := _corners(inside)) is not None:
-            yield label, corners
+        if name is not None:
+            continue
+        shape = (_CORNERS.fullmatch(box) or _POINT.fullmatch(box)) if box is not None else _POINT.fullmatch(point)
+        numbers = _inside([float(n) for n in shape.groups()]) if shape is not None else None
+        if numbers is not None:
+            yield match.start(), label, numbers
 
 
-def _corners(inside: str) -> Corners | None:
-    match = _CORNERS.fullmatch(inside)
-    if match is None:
+def _json_items(text: str) -> Iterator[_Item]:
+    for match in _OBJECT.finditer(text):
+        if not any(key in match[0] for key in _JSON_KEYS):
+            continue
+        try:
+            value: dict[str, Any] = json.loads(match[0])
+        except ValueError:
+            continue
+        keys = [key for key in _JSON_KEYS if key in value]
+        numbers = value[keys[0]] if len(keys) == 1 else None
+        if not isinstance(numbers, list) or len(numbers) != _JSON_KEYS[keys[0]]:
+            continue
+        coordinates = _inside(numbers) if all(type(n) in (int, float) for n in numbers) else None
+        label = value.get("label")
+        if coordinates is not None:
+            yield match.start(), label.strip() if isinstance(label, str) else "", coordinates
+
+
+def _inside(numbers: list[float]) -> tuple[float, ...] | None:
+    """Two or four coordinates moved into 0..1000; None where one is far outside, or corners are swapped."""
+    if not all(-SLACK <= n <= SCALE + SLACK for n in numbers):  # so written, NaN fails too
         return None
-    numbers = [float(n) for n in match.groups()]
-    if min(numbers) < -SLACK or max(numbers) > SCALE + SLACK:
-        return None
-    x1, y1, x2, y2 = (min(max(n, 0.0), float(SCALE)) for n in numbers)
-    return (x1, y1, x2, y2) if x1 <= x2 and y1 <= y2 else None
+    moved = tuple(min(max(n, 0.0), float(SCALE)) for n in numbers)
+    return moved if len(moved) == 2 or (moved[0] <= moved[2] and moved[1] <= moved[3]) else None
 
 
 def strip_grounding(text: str) -> str:
@@ -118,133 +199,6 @@ def strip_grounding(text: str) -> str:
     def gap(tokens: re.Match[str]) -> str:
         before, after = text[max(tokens.start() - 1, 0) : tokens.start()], text[tokens.end() : tokens.end() + 1]
         apart = not before.strip() or not after.strip() or before in _OPENING or after in _CLOSING
-        return "" if apart or "box_" not in tokens[0] else " "
+        return "" if apart or not ("box_" in tokens[0] or "point_" in tokens[0]) else " "
 
     return _TOKENS.sub(gap, text)
-
-
-def draw_boxes(image: Image.Image, boxes: Sequence[Box], *, width: int | None = None) -> Image.Image:
-    """A copy of `image` (RGB, upright, transparency on white) with the boxes and their labels, a colour per label.
-
-    All `boxes` are drawn, whatever picture they name. Lines have a black or white edge on both sides, labels a
-    filled background, so that they can be seen on any picture. Labels stay inside the picture: too long ones are
-    shortened, and one that has no room at all is left out. Pillow's own font draws them, which has ASCII only:
-    accents are dropped, and letters of other scripts show as an empty rectangle.
-
-    Args:
-        width: of the lines in pixels; by default lines and letters grow with the picture.
-
-    Raises:
-        InputError: a width below 1.
-    """
-    from PIL import ImageDraw, ImageFont
-
-    if width is not None and width < 1:
-        raise InputError(f"lines of width {width}; expected at least 1 pixel, or None to follow the picture's size")
-    canvas = _upright_rgb(image)
-    side = math.sqrt(canvas.width * canvas.height)
-    line = max(1, round(side / 250)) if width is None else width
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(10, round(side / 36)))
-    labels = {label: i for i, label in enumerate(dict.fromkeys(b.label for b in boxes))}
-    outlines = [_outline(box, canvas.size, line) for box in boxes]
-    for box, outline in zip(boxes, outlines):
-        colour, edge = _colour(labels[box.label]), max(1, line // 2)
-        _ring(draw, _grown(outline, edge), line + 2 * edge, _against(colour))
-        _ring(draw, outline, line, colour)
-    taken: list[Pixels] = []
-    for box, outline in zip(boxes, outlines):
-        pad = max(2, line)
-        text = _shortened(_drawable(box.label), font, canvas.width - 2 * pad)
-        if text and (place := _place(outline, _extent(text, font, pad), canvas.size, taken)) is not None:
-            taken.append(place)
-            colour = _colour(labels[box.label])
-            draw.rectangle(place, fill=colour)
-            draw.text((place[0] + pad, place[1] + pad // 2), text, fill=_against(colour), font=font)
-    return canvas
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    """A new RGB image; `load_image`'s pictures are this already, others may be turned or transparent."""
-    from PIL import Image, ImageOps
-
-    upright = ImageOps.exif_transpose(image)
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    rgba = upright.convert("RGBA")
-    canvas = Image.new("RGB", rgba.size, "white")
-    canvas.paste(rgba, mask=rgba.getchannel("A"))
-    return canvas
-
-
-def _outline(box: Box, size: tuple[int, int], line: int) -> Pixels:
-    """Outer edge of the line, centred on the box's edge; at the picture's edge the whole line stays inside."""
-    left, top = (min(max(round(v) - line // 2, 0), n - 1) for v, n in zip((box.x1, box.y1), size))
-    right, bottom = (min(max(round(v) - 1 + line // 2, 0), n - 1) for v, n in zip((box.x2, box.y2), size))
-    return left, top, max(left, right), max(top, bottom)
-
-
-def _grown(p: Pixels, by: int) -> Pixels:
-    return p[0] - by, p[1] - by, p[2] + by, p[3] + by
-
-
-def _ring(draw: ImageDraw.ImageDraw, p: Pixels, line: int, colour: Colour) -> None:
-    """The outermost `line` pixels of `p`; a thicker line than half of it would be drawn beyond it by Pillow."""
-    draw.rectangle(p, outline=colour, width=min(line, (min(p[2] - p[0], p[3] - p[1]) + 2) // 2))
-
-
-def _colour(index: int) -> Colour:
-    if index < len(_PALETTE):
-        return _PALETTE[index]
-    hue = (index - len(_PALETTE)) * _GOLDEN % 1
-    red, green, blue = colorsys.hsv_to_rgb(hue, 1, 0.85 if index % 2 else 0.6)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def _luminance(colour: Colour) -> float:
-    """Relative luminance, 0..1 (WCAG 2.1)."""
-    red, green, blue = (c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def _against(colour: Colour) -> Colour:
-    """Black or white, whichever has the higher contrast ratio (L1 + 0.05) / (L2 + 0.05) (WCAG 2.1): at least 4.5, so
-    whatever lies below, one of the two can be told from it."""
-    return (0, 0, 0) if _luminance(colour) + 0.05 > math.sqrt(1.05 * 0.05) else (255, 255, 255)
-
-
-def _drawable(label: str) -> str:
-    """On one line, without accents (é as e)."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", label) if not unicodedata.combining(c))
-    return " ".join(plain.split())
-
-
-def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
-    """`text`, or as much of its beginning with an ellipsis as is at most `room` pixels wide; "" where nothing fits."""
-    if len(text) <= _LABEL_LETTERS and font.getlength(text) <= room:
-        return text
-    text = text[:_LABEL_LETTERS]
-    while text and font.getlength(text + "…") > room:
-        text = text[:-1].rstrip()
-    return text + "…" if text else ""
-
-
-def _extent(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, pad: int) -> tuple[int, int]:
-    """Width and height of a label; the height is the same for all texts, with or without descenders."""
-    bottom = font.getbbox("Agjlpy|")[3]  # below the point where the text is drawn
-    return math.ceil(font.getlength(text)) + 2 * pad, math.ceil(bottom) + 2 * (pad // 2)
-
-
-def _place(outline: Pixels, extent: tuple[int, int], size: tuple[int, int], taken: Sequence[Pixels]) -> Pixels | None:
-    """Above the box, inside at its top, below it, inside at its bottom: the first that is inside the picture and on
-    no other label, else the first inside the picture. None where the label is larger than the picture."""
-    (left, top, _, bottom), (width, height) = outline, extent
-    if width > size[0] or height > size[1]:
-        return None
-    x = min(left, size[0] - width)
-    rows = [y for y in (top - height, top, bottom + 1, bottom + 1 - height) if 0 <= y <= size[1] - height]
-    places = [(x, y, x + width - 1, y + height - 1) for y in rows or [size[1] - height]]
-    return next((p for p in places if not any(_overlap(p, t) for t in taken)), places[0])
-
-
-def _overlap(a: Pixels, b: Pixels) -> bool:
-    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]

@@ -31,6 +31,9 @@ class OrtGraph:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # A memory pattern holds a second copy of a shape's activations beside the arena, and what it holds is not given
+        # back by shrinking: prompts and pictures come in all shapes.
+        options.enable_mem_pattern = False
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[PROVIDER])
         except Exception as e:  # onnxruntime raises its own classes, undocumented

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from edgevl.runtime.grounding import Box
+from edgevl.runtime.grounding import Box, Point
 
 __all__ = ["Completion", "FinishReason", "Piece", "Timings", "Usage", "VideoInfo"]
 
@@ -88,9 +88,10 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer. `text` keeps the grounding tokens (`<|box_start|>…`); `boxes` are them in pixels of the original
-    picture. `finish_reason` is `stop` (end token or stop string) or `length` (max_new_tokens, or a full KV cache).
-    `videos` are what was seen of the prompt's videos."""
+    """An answer. `text` keeps the grounding tokens (`<|box_start|>…`); `boxes` and `points` are what it says with them
+    or as JSON, in pixels of the original picture (`edgevl.runtime.grounding`). `finish_reason` is `stop` (end token,
+    stop string, or a form that is complete) or `length` (max_new_tokens, or a full KV cache). `videos` are what was
+    seen of the prompt's videos."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -99,6 +100,7 @@ class Completion:
     usage: Usage
     timings: Timings
     videos: tuple[VideoInfo, ...] = ()
+    points: tuple[Point, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgevl.runtime.errors import EngineError
-from edgevl.runtime.grounding import parse_boxes
+from edgevl.runtime.grounding import Box, Point, parse_grounding
 from edgevl.runtime.prefix_cache import token_identity
 from edgevl.runtime.results import Completion, FinishReason, Piece, Timings, Usage
 from edgevl.runtime.sampling import GenerationConfig, Sampler, StopStrings
@@ -42,6 +42,7 @@ class Row:
         self._sampler = Sampler(config, None if seed is None else np.random.default_rng(seed))
         self._detokenizer = IncrementalDetokenizer(tokenizer, keep_special=grounding_ids)
         self._stop = StopStrings(config.stop)
+        self._guide = None if config.guide is None else config.guide.start()
         self._seen = np.concatenate([prompt.ids, np.zeros(config.max_new_tokens, np.int64)])
         self._text: list[str] = []
         self.tokens: list[int] = []
@@ -72,6 +73,8 @@ class Row:
     def accept(self, logits: np.ndarray, room: bool) -> Piece:
         """Choose the next token from `logits` [vocab]; without `room` in the cache it is the last one."""
         prompt = len(self._prompt.ids)
+        if self._guide is not None:
+            logits = self._guide.mask(logits)
         token = self._sampler.next(logits, self._seen[: prompt + len(self.tokens)])
         if not self.tokens:
             self._first_token_s = time.perf_counter() - self._started
@@ -79,7 +82,8 @@ class Row:
         self.tokens.append(token)
         ended = token in self.config.eos_token_ids
         text, stopped = ("", False) if ended else self._stop.push(self._detokenizer.push(token))
-        if ended or stopped:
+        whole = self._guide is not None and self._guide.accept(token)  # nothing but an end token could follow
+        if ended or stopped or whole:
             self.finish_reason = "stop"
         elif len(self.tokens) == self.config.max_new_tokens or not room:
             self.finish_reason = "length"
@@ -93,11 +97,12 @@ class Row:
         if self.finish_reason is None:
             raise EngineError("the answer has not ended; read the stream to its end first")
         text = "".join(self._text)
-        sizes = [i.original_size for i in self._prompt.images]
+        found = parse_grounding(text, [i.original_size for i in self._prompt.images])
         return Completion(
             text=text,
             token_ids=tuple(self.tokens),
-            boxes=parse_boxes(text, sizes),
+            boxes=tuple(f for f in found if isinstance(f, Box)),
+            points=tuple(f for f in found if isinstance(f, Point)),
             finish_reason=self.finish_reason,
             usage=Usage(
                 prompt_tokens=len(self._prompt.ids),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.runtime.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    from edgevl.runtime.guided import Guide
 
 __all__ = ["GenerationConfig", "Sampler", "StopStrings"]
 
@@ -33,6 +36,7 @@ class GenerationConfig:
     lookup_tokens: most tokens that prompt lookup drafts at a time (`edgevl.runtime.lookup`), while a single row is
         being decoded; 0 drafts none. Drafts change no token, drawn ones included: each is chosen from its own logits,
         with the same draw, and a draft only saves calls where it foresaw the choice.
+    guide: holds the answer to a JSON schema, a regular expression or choices (`edgevl.runtime.guided`).
 
     Raises:
         InputError: a value out of range.
@@ -49,6 +53,7 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     lookup_tokens: int = 0
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         # One string, or a list, is what callers often have at hand; a str as a tuple would be its letters.
@@ -87,7 +92,7 @@ class GenerationConfig:
             raise InputError(f"unknown generation settings {unknown}, expected some of {sorted(known)}")
         given = {k: v for k, v in overrides.items() if v is not None}
         # A null in generation_config.json means "the library's default".
-        settings = {k: v for k, v in generation.items() if k in known and v is not None} | given
+        settings = {k: v for k, v in generation.items() if k in known - {"guide"} and v is not None} | given
         if "temperature" in given and "do_sample" not in given:
             _check_float("temperature", given["temperature"], least=0.0)
             settings["do_sample"] = given["temperature"] > 0

@@ -26,6 +26,8 @@ GROUNDING_TOKENS = (
     "<|box_end|>",
     "<|quad_start|>",
     "<|quad_end|>",
+    "<|point_start|>",
+    "<|point_end|>",
 )
 
 # Qwen2's pre-tokenizer: contractions, words with one leading mark, single digits, marks, line ends, spaces.
@@ -140,9 +142,13 @@ class Tokenizer:
                 )
         return out
 
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that `from_file`, transformers and the tokenizers library read."""
+        return self._tokenizer.to_str()
+
     def to_file(self, path: str | Path) -> None:
-        """Write a tokenizer.json that `from_file` and transformers read."""
-        Path(path).write_text(self._tokenizer.to_str(), encoding="utf-8")
+        """Write `to_json` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:

@@ -6,7 +6,7 @@ A video goes through in groups of frames: decoded, resized, encoded and forgotte
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,12 +63,19 @@ class VisionStage:
 
     Args:
         cache: where features are kept by content; without one nothing is kept.
+        admit: asked with the grid and the resized (width, height) before a picture or video is encoded; raises where
+            there is no memory for it.
     """
 
     def __init__(
-        self, graph: GraphRunner, config: ModelConfig, processor: ImageProcessorConfig, cache: ImageCache | None = None
+        self,
+        graph: GraphRunner,
+        config: ModelConfig,
+        processor: ImageProcessorConfig,
+        cache: ImageCache | None = None,
+        admit: Callable[[VisionGrid, tuple[int, int]], None] = lambda grid, size: None,
     ) -> None:
-        self._graph, self._config, self._processor = graph, config, processor
+        self._graph, self._config, self._processor, self._admit = graph, config, processor, admit
         self.cache = ImageCache(0) if cache is None else cache
 
     def encode(self, item: VisionInput, max_tokens: int | None = None) -> EncodedImage:
@@ -98,6 +105,7 @@ class VisionStage:
         cached = embeds is not None
         if embeds is None:
             processed = preprocess_image(picture, self._processor, **options)
+            self._admit(processed.grid, processed.resized_size)
             done = time.perf_counter()
             embeds = self.run(processed)
             self.cache.put(key, embeds)
@@ -116,6 +124,7 @@ class VisionStage:
         with _open(item) as source:
             plan = plan_video(source, VideoOptions.of(item.options), self._processor, max_tokens)
             grid, hidden = plan.grid, self._config.vision.hidden_size
+            self._admit(grid, plan.size)
             cache = self.cache if plan.tokens * hidden * 4 <= self.cache.limit_bytes else ImageCache(0)
             embeds, keys = np.empty((plan.tokens, hidden), np.float32), []
             done = hits = 0

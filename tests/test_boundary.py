@@ -21,7 +21,19 @@ DOORS = {  # number formats (numpy only), which export needs to round plain weig
     ("export", "edgevl.calibration.formats"),
     ("export", "edgevl.calibration.packing"),
 }
-DEVICE = {"numpy", "PIL", "tokenizers", "jinja2", "onnxruntime", "click", "tqdm", "tabulate", "tensorrt", "av"}
+DEVICE = {
+    "numpy",
+    "PIL",
+    "tokenizers",
+    "jinja2",
+    "onnxruntime",
+    "click",
+    "tqdm",
+    "tabulate",
+    "tensorrt",
+    "av",
+    "llguidance",
+}
 HUB = "huggingface_hub"  # only runtime/checkpoint.py, only when a hub id is asked for
 FRAMEWORKS = {"torch", "transformers", "onnx", "onnx_ir", "safetensors"}
 

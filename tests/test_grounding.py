@@ -1,19 +1,26 @@
-"""runtime/grounding.py: boxes by hand, every malformed kind, and drawn pictures pixel by pixel."""
+"""runtime/grounding.py and box_drawing.py: boxes by hand, every malformed kind, drawn pictures pixel by pixel."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from checkpoints import DEMO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from edgevl.runtime import grounding
+from edgevl.export.exporter import ExportOptions, export_bundle
+from edgevl.runtime import box_drawing
+from edgevl.runtime.box_drawing import draw_boxes
 from edgevl.runtime.errors import InputError
-from edgevl.runtime.grounding import Box, draw_boxes, parse_boxes, strip_grounding
+from edgevl.runtime.generation import VisionLanguageModel
+from edgevl.runtime.grounding import Box, Point, parse_boxes, parse_grounding, strip_grounding
+from edgevl.runtime.image_loading import load_image
+from edgevl.tasks import TASKS
 
 REF, END_REF, BOX, END_BOX = "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"
 TOKENS = [REF, END_REF, BOX, END_BOX, "<|quad_start|>", "<|quad_end|>"]
@@ -193,7 +200,7 @@ def test_long_malformed_text_is_read_in_linear_time():
 # ---------------------------------------------------------------------------------------------------------- drawing
 
 GREY = (120, 120, 120)
-ORANGE, BLUE = grounding._PALETTE[:2]
+ORANGE, BLUE = box_drawing._PALETTE[:2]
 
 
 def blank(width: int, height: int, colour: tuple[int, int, int] = GREY) -> Image.Image:
@@ -235,23 +242,23 @@ def test_boxes_beyond_the_picture_or_without_area_leave_a_mark(beyond):
     assert drawn.size == (64, 48) and (pixels(drawn) != GREY).any()
 
 
-@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), GREY, *grounding._PALETTE])
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), GREY, *box_drawing._PALETTE])
 def test_lines_stand_out_on_any_background(colour):
     boxes = [Box(str(i), 20, 20, 80, 80) for i in range(12)]
     for i, b in enumerate(boxes):
         # The colour of the i-th label alone: those before it are drawn at one far corner.
         others = [Box(o.label, 98, 98, 99, 99) for o in boxes[:i]]
         drawn = pixels(draw_boxes(blank(100, 100, colour), [*others, b], width=2))[70, 15:30]
-        below = grounding._luminance(colour) + 0.05
-        ratios = [max(c, below) / min(c, below) for c in (grounding._luminance(tuple(p)) + 0.05 for p in drawn)]
+        below = box_drawing._luminance(colour) + 0.05
+        ratios = [max(c, below) / min(c, below) for c in (box_drawing._luminance(tuple(p)) + 0.05 for p in drawn)]
         assert max(ratios) > 2, (colour, b.label, ratios)
 
 
 def test_colours_are_one_per_label_and_distinct():
-    colours = [grounding._colour(i) for i in range(20)]
+    colours = [box_drawing._colour(i) for i in range(20)]
     assert len(set(colours)) == 20
     for c in colours:
-        a, b = sorted((grounding._luminance(c) + 0.05, grounding._luminance(grounding._against(c)) + 0.05))
+        a, b = sorted((box_drawing._luminance(c) + 0.05, box_drawing._luminance(box_drawing._against(c)) + 0.05))
         assert b / a >= 4.5, c
     drawn = pixels(draw_boxes(blank(90, 30), [Box("", x, 5, x + 20, 25) for x in (5, 35, 65)], width=1))
     assert all(tuple(drawn[15, x]) == ORANGE for x in (5, 35, 65))
@@ -261,10 +268,10 @@ def test_colours_are_one_per_label_and_distinct():
 
 
 def test_luminance_is_that_of_wcag():
-    assert grounding._luminance((255, 255, 255)) == pytest.approx(1)
-    assert grounding._luminance((255, 0, 0)) == pytest.approx(0.2126)
-    assert grounding._luminance((10, 10, 10)) == pytest.approx(10 / 255 / 12.92, rel=1e-4)
-    assert grounding._luminance((128, 128, 128)) == pytest.approx(0.21586, abs=1e-5)
+    assert box_drawing._luminance((255, 255, 255)) == pytest.approx(1)
+    assert box_drawing._luminance((255, 0, 0)) == pytest.approx(0.2126)
+    assert box_drawing._luminance((10, 10, 10)) == pytest.approx(10 / 255 / 12.92, rel=1e-4)
+    assert box_drawing._luminance((128, 128, 128)) == pytest.approx(0.21586, abs=1e-5)
 
 
 SIZES = [(448, 448), (120, 90), (2000, 1500), (1200, 100), (100, 900)]
@@ -277,13 +284,13 @@ def test_labels_are_whole_and_inside_the_picture(size, place, monkeypatch):
     """The label's rectangle lies inside, with a margin of its colour around the letters, and no letter is cut."""
     at = Box("gypsy", *(v * n for v, n in zip(place, size * 2)))
     seen = []
-    place_of = grounding._place
+    place_of = box_drawing._place
 
     def watched(*arguments):
         seen.append(place_of(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(grounding, "_place", watched)
+    monkeypatch.setattr(box_drawing, "_place", watched)
     drawn = draw_boxes(blank(*size), [at])
     (found,) = seen
     assert found is not None and 0 <= found[0] <= found[2] < size[0] and 0 <= found[1] <= found[3] < size[1]
@@ -302,14 +309,14 @@ def test_places_of_labels():
     outline, extent, size = (50, 40, 99, 89), (30, 10), (200, 150)
     order = [(50, 30, 79, 39), (50, 40, 79, 49), (50, 90, 79, 99), (50, 80, 79, 89)]
     for n in range(4):
-        assert grounding._place(outline, extent, size, order[:n]) == order[n]
-    assert grounding._place(outline, extent, size, order) == order[0]  # no room left: on top of another
-    assert grounding._place((50, 5, 99, 89), extent, size, []) == (50, 5, 79, 14)  # none above
-    assert grounding._place((190, 40, 199, 89), extent, size, []) == (170, 30, 199, 39)  # moved left
-    assert grounding._place((0, 2, 9, 8), extent, (200, 12), []) == (0, 2, 29, 11)
-    assert grounding._place((0, 4, 9, 8), extent, (200, 12), []) == (0, 2, 29, 11)  # none of the four fits
-    assert grounding._place(outline, (201, 10), size, []) is None
-    assert grounding._place(outline, (30, 151), size, []) is None
+        assert box_drawing._place(outline, extent, size, order[:n]) == order[n]
+    assert box_drawing._place(outline, extent, size, order) == order[0]  # no room left: on top of another
+    assert box_drawing._place((50, 5, 99, 89), extent, size, []) == (50, 5, 79, 14)  # none above
+    assert box_drawing._place((190, 40, 199, 89), extent, size, []) == (170, 30, 199, 39)  # moved left
+    assert box_drawing._place((0, 2, 9, 8), extent, (200, 12), []) == (0, 2, 29, 11)
+    assert box_drawing._place((0, 4, 9, 8), extent, (200, 12), []) == (0, 2, 29, 11)  # none of the four fits
+    assert box_drawing._place(outline, (201, 10), size, []) is None
+    assert box_drawing._place(outline, (30, 151), size, []) is None
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3), (12, 12), (28, 28)])
@@ -323,10 +330,10 @@ def test_tiny_pictures_and_odd_labels(size, label):
 
 def test_a_long_label_is_shortened_to_the_picture():
     font = ImageFont.load_default(20)
-    assert grounding._shortened("short", font, 200) == "short"
-    cut = grounding._shortened("a very long name of a thing", font, 100)
+    assert box_drawing._shortened("short", font, 200) == "short"
+    cut = box_drawing._shortened("a very long name of a thing", font, 100)
     assert cut.endswith("…") and "a very long".startswith(cut[:-1]) and 70 < font.getlength(cut) <= 100
-    assert grounding._shortened("W", font, 3) == ""
+    assert box_drawing._shortened("W", font, 3) == ""
 
 
 def test_line_and_letters_grow_with_the_picture():
@@ -334,7 +341,7 @@ def test_line_and_letters_grow_with_the_picture():
         middle = pixels(draw_boxes(blank(side, side), [Box("", side / 4, side / 4, side * 3 / 4, side * 3 / 4)]))
         return int((middle[side // 2, : side // 2] == ORANGE).all(-1).sum())
 
-    assert [line_width(s) for s in (100, 448, 1000, 3000)] == [1, 2, 4, 12]
+    assert [line_width(s) for s in (100, 448, 1000, 3000)] == [1, 2, 6, 17]
 
 
 def test_accents_are_dropped_since_the_font_has_none():
@@ -371,3 +378,188 @@ def test_needs_neither_numpy_nor_pillow_to_parse():
     code = "import sys, edgevl.runtime.grounding as g; g.parse_boxes('', [(1, 1)]); print('numpy' in sys.modules, "
     result = subprocess.run([sys.executable, "-c", code + "'PIL' in sys.modules)"], capture_output=True, text=True)
     assert result.stdout.split() == ["False", "False"], result.stderr
+
+
+# ---------------------------------------------------------------------------------------- points, JSON, which picture
+
+
+def json_box(numbers, label=None, key="bbox_2d"):
+    return json.dumps({key: numbers} | ({} if label is None else {"label": label}))
+
+
+@pytest.mark.parametrize("tokens", [(BOX, END_BOX), ("<|point_start|>", "<|point_end|>")])
+def test_a_point(tokens):
+    text = f"{ref('nose')}{tokens[0]}(100,200){tokens[1]} and {tokens[0]}(500, 750){tokens[1]}"
+    assert parse_grounding(text, [(640, 480)]) == (Point("nose", 64, 96), Point("nose", 320, 360))
+    assert parse_boxes(text, [(640, 480)]) == ()
+    assert strip_grounding(text) == "nose (100,200) and (500, 750)"
+
+
+def test_point_tokens_hold_no_box():
+    assert parse_grounding("<|point_start|>(1,2),(3,4)<|point_end|>", [(9, 9)]) == ()
+
+
+@pytest.mark.parametrize("fence", ["{}", "```json\n{}\n```", "Here: {} and so on", "```\n[{}]```"])
+def test_json_boxes_and_points(fence):
+    listed = f"{json_box([100, 200, 500, 750], 'cat')},\n {json_box([100, 200], ' nose ', 'point_2d')}"
+    found = parse_grounding(fence.format(listed), [(640, 480)])
+    assert found == (Box("cat", *GOOD_PIXELS), Point("nose", 64, 96))
+
+
+def test_json_strings_may_hold_braces_quotes_and_escapes():
+    label = 'a "}{" \\ é'
+    for ascii_only in (True, False):
+        text = json.dumps([{"label": label, "bbox_2d": [0.5, 0, 1000, 1000]}], ensure_ascii=ascii_only)
+        assert parse_boxes(text, [(1000, 10)]) == (Box(label, 0.5, 0, 1000, 10),)
+    # A box inside a larger object, beside other keys.
+    text = '{"objects": [{"bbox_2d": [0, 0, 10, 10], "score": 0.5, "label": 7}]}'
+    assert parse_boxes(text, [(1000, 1000)]) == (Box("", 0, 0, 10, 10),)
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        json_box([1, 2, 3]),
+        json_box([1, 2, 3, 4, 5]),
+        json_box(["1", "2", "3", "4"]),
+        json_box([True, 2, 3, 4]),
+        json_box([1, 2, None, 4]),
+        json_box([500, 200, 100, 750]),
+        json_box([1, 2, 3, 1002]),
+        json_box([-2, 2, 3, 4]),
+        json_box([1, 2, 3, 4], key="point_2d"),
+        json_box([1, 2, 3, 4], key="box"),
+        json_box({"x": 1}),
+        '{"bbox_2d": [1, 2, 3, NaN]}',
+        '{"bbox_2d": [1, 2, 3, 1e999]}',
+        '{"bbox_2d": [1, 2, 3, ' + "9" * 400 + "]}",
+        '{"bbox_2d": [1, 2, 3, 4], "point_2d": [1, 2]}',
+        '{"bbox_2d": [1, 2, 3, 4]',
+        '{"bbox_2d": [1, 2, 3, 4,]}',
+        "{'bbox_2d': [1, 2, 3, 4]}",
+        '{"bbox_2d": ' + "[" * 400 + "}",
+    ],
+)
+def test_malformed_json_is_text(malformed):
+    text = f"[{malformed}, {json_box([100, 200, 500, 750], 'dog')}]"
+    assert parse_grounding(text, [(640, 480)]) == (Box("dog", *GOOD_PIXELS),)
+    assert strip_grounding(text) == text
+
+
+def test_tokens_and_json_come_in_the_order_of_the_text():
+    text = json_box([0, 0, 1, 1], "a") + GOOD + json_box([0, 0, 2, 2], "b")
+    assert [b.label for b in parse_boxes(text, [(10, 10)])] == ["a", "", "b"]
+
+
+def test_the_text_may_say_which_picture():
+    sizes = [(1000, 1000), (500, 500), (100, 100)]
+    text = f"{GOOD} Picture 1: {GOOD}{json_box([0, 0, 1000, 1000])} In image #2, {GOOD}; picture 9: {GOOD} 图3 {GOOD}"
+    assert [b.image for b in parse_boxes(text, sizes)] == [2, 0, 0, 1, 1, 2]
+    assert parse_boxes(f"Picture 1: {GOOD}", sizes)[0] == Box("", 100, 200, 500, 750, 0)
+
+
+def test_long_malformed_json_is_read_in_linear_time():
+    for piece in ["{", '{"', '{"bbox_2d":', '"{', "{[", '{"\\', "picture 1 ", '{"a":"b",']:
+        assert parse_grounding(piece * 50_000, [(10, 10)]) == ()
+
+
+# ------------------------------------------------------------------------------------------------- crops, EXIF
+
+
+def test_moved_out_of_a_crop():
+    assert Box("a", 1, 2, 3, 4, 1).moved(10, 20) == Box("a", 11, 22, 13, 24, 1)
+    assert Point("a", 1, 2).moved(10, 20) == Point("a", 11, 22)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_stored_pixels_of_a_turned_picture(orientation, tmp_path):
+    """The oracle is Pillow: a white rectangle in the file's own pixels, read upright, found, and mapped back."""
+    stored = Image.new("L", (60, 40))
+    stored.paste(255, (7, 11, 31, 19))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    upright = load_image(tmp_path / "a.png")
+    x1, y1, x2, y2 = upright.getbbox()
+    there = Box("a", x1, y1, x2, y2)
+    assert corners(there.stored(upright.size, orientation)) == (7, 11, 31, 19)
+    corner = Point("", x1, y1).stored(upright.size, orientation)
+    assert corner.x in (7, 31) and corner.y in (11, 19)
+
+
+def test_an_orientation_that_does_not_exist():
+    with pytest.raises(InputError, match="orientation 9, expected 1 to 8"):
+        Box("", 0, 0, 1, 1).stored((9, 9), 9)
+
+
+def test_a_point_is_drawn_as_a_disc_with_an_edge():
+    for colour in (GREY, ORANGE, (0, 0, 0), (255, 255, 255)):
+        drawn = pixels(draw_boxes(blank(100, 100, colour), [Point("", 50, 40)], width=2))
+        assert tuple(drawn[40, 50]) == ORANGE and tuple(drawn[40, 50 + 5]) == ORANGE
+        assert tuple(drawn[40, 50 + 7]) == box_drawing._against(ORANGE)
+        assert tuple(drawn[40, 50 + 10]) == colour
+    draw_boxes(blank(3, 3), [Point("far", 900, -7)])
+
+
+# ------------------------------------------------------------------------------------------------- asking where
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "bundle"
+    export_bundle(DEMO, folder, ExportOptions(precision="fp32"))
+    with VisionLanguageModel.open(folder, "ort-cpu", threads=2) as model:
+        yield model
+
+
+def overlap(a: Box, b: tuple[float, float, float, float]) -> float:
+    w, h = min(a.x2, b[2]) - max(a.x1, b[0]), min(a.y2, b[3]) - max(a.y1, b[1])
+    shared = max(0, w) * max(0, h)
+    return shared / ((a.x2 - a.x1) * (a.y2 - a.y1) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def asked(case):
+    """The thing a case asks for, and its true box in pixels."""
+    (picture,) = case.pictures
+    truth = [v / 1000 * n for v, n in zip(case.box, picture.size * 2)]
+    return picture, case.question.removeprefix("Where is ").removesuffix("?"), tuple(truth)
+
+
+def test_locate_finds_what_is_there(demo):
+    good = 0
+    for case in TASKS["where"].cases("test", 30, seed=5):
+        picture, target, truth = asked(case)
+        found = demo.locate(picture, target, max_new_tokens=case.max_new_tokens)
+        good += len(found) == 1 and overlap(found[0], truth) > 0.5
+    assert good >= 20
+
+
+def test_locate_in_a_crop_gives_boxes_of_the_whole_picture(demo):
+    good = 0
+    cases = TASKS["where"].cases("test", 8, seed=6)
+    for case in cases:
+        picture, target, truth = asked(case)
+        wide = Image.new("RGB", (picture.width + 300, picture.height + 200), (40, 90, 60))
+        wide.paste(picture, (170, 90))
+        crop = (170, 90, 170 + picture.width, 90 + picture.height)
+        found = demo.locate(wide, target, crop=crop)
+        same = [b.moved(170, 90) for b in demo.locate(picture, target)]
+        assert found == same
+        good += any(overlap(b, (truth[0] + 170, truth[1] + 90, truth[2] + 170, truth[3] + 90)) > 0.5 for b in found)
+    assert good >= 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": " "}, "the thing to locate is ' ', expected words"),
+        ({"target": "x", "question": "Where?"}, r"expected one with \{target\}"),
+        ({"target": "x", "crop": (0, 0, 500, 10)}, "crop is .*picture of 40×30"),
+        ({"target": "x", "crop": (5, 5, 5, 10)}, "left < right"),
+        ({"target": "x", "crop": (0, 0, 1.5, 10)}, "whole pixels"),
+        ({"target": "x", "crop": (0, 0, 10)}, "left < right"),
+    ],
+)
+def test_locate_refuses(demo, arguments, message):
+    with pytest.raises(InputError, match=message):
+        demo.locate(blank(40, 30), **arguments)

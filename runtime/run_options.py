@@ -1,0 +1,102 @@
+"""What `edgevl run` takes beyond sampling: forms that hold the answer, a time budget, boxes to draw."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgevl.runtime.errors import InputError
+from edgevl.runtime.results import Completion
+
+__all__ = ["budget_options", "draw", "guide_options", "guide_settings", "note", "within_budget"]
+
+_Command = Callable[..., Any]
+
+
+def note(message: str) -> None:
+    """One line for the person at the terminal; stdout stays for results."""
+    click.echo(message, err=True)
+
+
+def guide_options(command: _Command) -> _Command:
+    """--json-schema, --regex, --choices."""
+    for option in (
+        click.option("--choices", metavar="A,B,C", help="The answer is one of these."),
+        click.option("--regex", metavar="R", help="The whole answer matches this regular expression."),
+        click.option("--json-schema", metavar="FILE", help="The answer is JSON that follows the schema in FILE."),
+    ):
+        command = option(command)
+    return command
+
+
+def guide_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """The form that was given, as a setting of `generate`.
+
+    Raises:
+        InputError: a schema's file that cannot be read.
+    """
+    found: dict[str, Any] = {}
+    if options["json_schema"] is not None:
+        path = Path(options["json_schema"])
+        try:
+            found["json_schema"] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"--json-schema {path}: not readable as text ({e}); expected a JSON schema") from None
+    if options["regex"] is not None:
+        found["regex"] = options["regex"]
+    if options["choices"] is not None:
+        found["choices"] = [c.strip() for c in options["choices"].split(",") if c.strip()]
+    return found
+
+
+def budget_options(command: _Command) -> _Command:
+    """--ttft-budget, --profile."""
+    for option in (
+        click.option("--profile", metavar="FILE", help="Measured speed to plan with [default: this machine's own]."),
+        click.option(
+            "--ttft-budget", metavar="TIME", help="Shrink pictures until the first token comes within 800ms, 1.5s, ..."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def within_budget(model: Any, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[Any, float]:
+    """The messages, with pictures sized for --ttft-budget where it was given, and when the request began."""
+    from edgevl.runtime.ttft import parse_seconds
+
+    started = time.perf_counter()
+    if options["ttft_budget"] is None:
+        return messages, started
+    choice = model.choose_pixels(messages, parse_seconds(options["ttft_budget"]), options["profile"], started)
+    note(f"max_pixels {choice.max_pixels}: first token expected after {choice.predicted_s * 1e3:.0f} ms")
+    return choice.messages, started
+
+
+def draw(images: Sequence[str], completion: Completion, output: Path) -> None:
+    """Boxes and points on the pictures that they are about: `output`, or one file per picture, out-1.png, out-2.png,
+    where the answer is about several."""
+    from edgevl.runtime.box_drawing import draw_boxes
+    from edgevl.runtime.image_loading import load_image
+
+    found = [f for f in (*completion.boxes, *completion.points) if f.image < len(images)]
+    if not found:
+        note(f"no boxes in the answer; {output} was not written")
+        return
+    shown = sorted({f.image for f in found})
+    for index in shown:
+        path = output if len(shown) == 1 else output.with_name(f"{output.stem}-{index + 1}{output.suffix}")
+        ours = [f for f in found if f.image == index]
+        picture = draw_boxes(load_image(images[index]), ours)
+        partial = path.with_name(f".{path.name}.partial{path.suffix}")
+        try:
+            picture.save(partial)
+        except (OSError, ValueError) as e:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"{path}: cannot be written ({e}); expected a picture name such as out.png") from None
+        partial.replace(path)
+        note(f"wrote {path} with {len(ours)} boxes")
