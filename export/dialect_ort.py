@@ -32,10 +32,12 @@ _TINY = np.array(1e-30, np.float32)  # an all-zero row divided by its largest en
 class OrtDialect:
     """Implements edgevl.export.dialect.Dialect for one graph."""
 
+    opset, ir_version = OPSET, IR_VERSION
+
     def __init__(
         self, spec: GraphSpec, config: ModelConfig, checkpoint: Checkpoint, data: DataFile, precision: Precision
     ) -> None:
-        self.builder = GraphBuilder(spec, data, OPSET, IR_VERSION)
+        self.builder = GraphBuilder(spec, data, self.opset, self.ir_version)
         self._config = config
         self._precision = precision
         self._weights = WeightStore(checkpoint, self.builder, precision.dtype)

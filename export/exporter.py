@@ -12,14 +12,21 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgevl.export.decoder import write_decoder
+from edgevl.export.dialect_cuda import CudaDialect
 from edgevl.export.dialect_ort import LEAST_ONNXRUNTIME, OrtDialect
 from edgevl.export.graph import DataFile
-from edgevl.export.precision import DECODER_PRECISIONS, Precision, decoder_precision, vision_precision
+from edgevl.export.precision import (
+    DECODER_PRECISIONS,
+    VISION_PRECISIONS,
+    Precision,
+    decoder_precision,
+    vision_precision,
+)
 from edgevl.export.vision_encoder import write_vision_encoder
 from edgevl.runtime.bundle import MANIFEST, Bundle, FileEntry, GraphEntry, file_sha256
 from edgevl.runtime.checkpoint import Checkpoint, expected_shapes
@@ -34,7 +41,8 @@ from edgevl.runtime.tokenizer import Tokenizer
 
 __all__ = ["PRECISIONS", "TARGETS", "ExportOptions", "ExportReport", "PartReport", "export_bundle"]
 
-TARGETS = ("cpu",)
+TARGETS = ("cpu", "cuda")
+_DIALECTS = {"cpu": OrtDialect, "cuda": CudaDialect}
 # overall name -> (vision, decoder)
 PRECISIONS = {
     "fp32": ("fp32", "fp32"),
@@ -44,6 +52,9 @@ PRECISIONS = {
     "int4": ("int8", "int4"),
     "hybrid": ("int8", "hybrid"),
 }
+# What has CUDA kernels in ONNX Runtime: attention over the cache is float16 only, W8A8 has none.
+CUDA_PRECISIONS = {"fp16": ("fp16", "fp16"), "int8-weights": ("fp16", "int8-weights"), "int4": ("fp16", "int4")}
+CUDA_VISION = ("fp16", "fp32")
 DEFAULT_PRECISION = "int4"
 DEFAULT_MAX_TOKENS = 8192
 
@@ -138,20 +149,35 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:
     if options.mrope_rule not in MROPE_RULES:
         raise InputError(f"M-RoPE rule {options.mrope_rule!r} is unknown; expected one of {', '.join(MROPE_RULES)}")
     vision, decoder = _precisions(checkpoint, options)
+    if options.target == "cuda":
+        _check_cuda(vision, decoder)
     longest = checkpoint.config.text.max_position_embeddings
     max_tokens = min(DEFAULT_MAX_TOKENS, longest) if options.max_tokens is None else options.max_tokens
     if not 1 <= max_tokens <= longest:
         raise InputError(f"max tokens is {max_tokens}, expected 1 to {longest} (the model's max_position_embeddings)")
-    return _Plan(
-        vision_precision(vision),
-        decoder_precision(decoder, options.block_size, options.symmetric, options.head_bits),
-        max_tokens,
-    )
+    graphs = decoder_precision(decoder, options.block_size, options.symmetric, options.head_bits)
+    if options.target == "cuda":
+        graphs = tuple(replace(precision, dtype="float16") for precision in graphs)
+    return _Plan(vision_precision(vision), graphs, max_tokens)
+
+
+def _check_cuda(vision: str, decoder: str) -> None:
+    """Raises InputError for precisions that exist but not on CUDA; unknown ones are refused by their own check."""
+    for part, name, offered, known in (
+        ("vision", vision, CUDA_VISION, VISION_PRECISIONS),
+        ("decoder", decoder, tuple(CUDA_PRECISIONS), DECODER_PRECISIONS),
+    ):
+        if name in known and name not in offered:
+            raise InputError(
+                f"{part} precision {name!r} has no CUDA kernels in ONNX Runtime; target cuda offers "
+                f"{', '.join(offered)} (INT8 on a GPU is TensorRT's: --target tensorrt)"
+            )
 
 
 def _precisions(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
     """(vision, decoder) by name, as asked for; a quantized checkpoint brings its own decoder."""
-    vision, decoder = PRECISIONS[options.precision or DEFAULT_PRECISION]
+    implied = PRECISIONS if options.target == "cpu" else CUDA_PRECISIONS
+    vision, decoder = implied.get(options.precision or DEFAULT_PRECISION, PRECISIONS[options.precision or "fp16"])
     vision = options.vision_precision or vision
     decoder = options.decoder_precision or decoder
     if checkpoint.quantization is None:
@@ -182,7 +208,7 @@ def _write(
     files: dict[str, FileEntry] = {}
     with DataFile(folder / "vision.onnx.data", on_tensor) as data:
         spec = vision_spec(config, plan.vision.dtype)
-        dialect = OrtDialect(spec, config, checkpoint, data, plan.vision)
+        dialect = _DIALECTS[options.target](spec, config, checkpoint, data, plan.vision)
         write_vision_encoder(dialect, config.vision)
         dialect.builder.save(folder / "vision.onnx")
         graphs["vision"] = GraphEntry("vision.onnx", plan.vision.name, spec)
@@ -192,7 +218,7 @@ def _write(
         roles = ("prefill", "decoder") if len(plan.decoder) == 2 else ("decoder",)
         for role, precision in zip(roles, plan.decoder):
             spec = decoder_spec(config, precision.dtype, role)
-            dialect = OrtDialect(spec, config, checkpoint, data, precision)
+            dialect = _DIALECTS[options.target](spec, config, checkpoint, data, precision)
             write_decoder(dialect, config.text)
             dialect.builder.save(folder / f"{role}.onnx")
             graphs[role] = GraphEntry(f"{role}.onnx", precision.name, spec)
