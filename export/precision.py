@@ -122,7 +122,7 @@ def tensorrt_decoder_precision(
         )
     if not symmetric:
         raise InputError(
-            "TensorRT rounds int4 symmetrically; leave --asymmetric away (zero points of a quantized checkpoint are kept)"
+            "TensorRT rounds int4 symmetrically; leave --asymmetric away (a quantized checkpoint keeps its zero points)"
         )
     table = FLOAT if head_bits == 16 else LinearFormat("blocks", 4, block_size)
     linear = {"int8": W8A8, "int4": LinearFormat("blocks", 4, block_size)}.get(name, FLOAT)
