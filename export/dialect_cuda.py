@@ -5,8 +5,8 @@ word. `export/cuda_kernels.json` lists the kernels that this dialect may use, as
 every exported graph against it. The graph runs on the CPU too, which gives its numbers where there is no GPU.
 
 What differs from the CPU's dialect, and why:
-    opset 20: 1.23 has CUDA kernels of RMSNormalization and RotaryEmbedding 23, but Reshape, Shape, Unsqueeze and Cast 21
-    and later run on the CPU there. So the norm is SimplifiedLayerNormalization, and the rotary embedding com.microsoft's
+    opset 20: 1.23 has CUDA kernels of RMSNormalization and RotaryEmbedding 23, but runs Reshape, Shape, Unsqueeze and
+    Cast 21 and later on the CPU. So the norm is SimplifiedLayerNormalization, the rotary embedding com.microsoft's
     scales are float16: MatMulNBits on CUDA takes them in the type of its input
     biases are added apart: 1.23's kernel refuses its bias input, and only when it runs
     a quantized embedding is unpacked by standard operators: GatherBlockQuantized reads packed zero points on CUDA and
@@ -41,6 +41,12 @@ class CudaDialect(OrtDialect):
         super().__init__(spec, config, checkpoint, data, precision)
         self._flat_tables: dict[str, ir.Value] = {}
 
+    def output(self, name: str, value: ir.Value) -> None:
+        if name == "image_embeds":  # what the decoder takes, so that it need not leave the device
+            wanted = next(t for t in self.builder.spec.outputs if t.name == name).dtype
+            value = value if wanted == self._precision.dtype else self._cast(value, wanted)
+        super().output(name, value)
+
     def embedding(self, ids: ir.Value, table: str) -> ir.Value:
         form = self._precision.table
         if form.kind == "float":
@@ -48,14 +54,14 @@ class CudaDialect(OrtDialect):
         packed = self._weights.blocks([table], form, gathered=True)
         scale_table, zero_table = self._weights.gather(packed)
         codes = self.builder.op("Gather", [packed.codes, ids], {"axis": 0})  # uint8 [B, S, blocks, bytes]
-        codes = self._half(codes)
+        codes = self._cast(codes, self._precision.dtype)
         if form.bits == 4:
             codes = self._nibbles(codes, packed.blocks, form.block_size)
         if zero_table is None:
             middle = np.array(2 ** (form.bits - 1), self._precision.dtype)
             zeros = self.builder.constant(f"middle_{form.bits}", middle)
         else:
-            zeros = self._half(self.builder.op("Gather", [zero_table, ids], {"axis": 0}))
+            zeros = self._cast(self.builder.op("Gather", [zero_table, ids], {"axis": 0}), self._precision.dtype)
         scales = self.builder.op("Gather", [scale_table, ids], {"axis": 0})  # [B, S, blocks, 1]
         x = self.builder.op("Mul", [self.builder.op("Sub", [codes, zeros]), scales])
         x = self.builder.op("Reshape", [x, self._shape(0, 0, packed.blocks * form.block_size)])
@@ -83,8 +89,8 @@ class CudaDialect(OrtDialect):
             self._flat_tables[name] = self._flat(self.input(name), width)
         return self._flat_tables[name]
 
-    def _half(self, x: ir.Value) -> ir.Value:
-        return self.builder.op("Cast", [x], {"to": int(ir.DataType.from_numpy(np.dtype(self._precision.dtype)))})
+    def _cast(self, x: ir.Value, dtype: str) -> ir.Value:
+        return self.builder.op("Cast", [x], {"to": int(ir.DataType.from_numpy(np.dtype(dtype)))})
 
     def _nibbles(self, x: ir.Value, blocks: int, block_size: int) -> ir.Value:
         """Bytes as floats [B, S, blocks, block_size / 2] -> their low and high halves in turn; exact in float16."""

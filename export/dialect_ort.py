@@ -77,7 +77,8 @@ class OrtDialect:
         ends = [self.builder.constant(f"int64_{i}", np.array([i], np.int64)) for i in (0, packed.shape[1], 2)]
         return self.builder.op("Slice", [x, *ends])
 
-    def replace_rows(self, x: ir.Value, slots: ir.Value, rows: ir.Value) -> ir.Value:
+    def place_images(self, x: ir.Value) -> ir.Value:
+        slots, rows = self.input("image_slots"), self.input("image_embeds")
         last = self.builder.constant("axis_last", np.array([-1], np.int64))
         flat = self._flat(x, self._config.text.hidden_size)
         index = self.builder.op("Unsqueeze", [slots, last])

@@ -12,27 +12,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgevl.export.decoder import write_decoder
-from edgevl.export.dialect_cuda import CudaDialect
-from edgevl.export.dialect_ort import LEAST_ONNXRUNTIME, OrtDialect
 from edgevl.export.graph import DataFile
-from edgevl.export.precision import (
-    DECODER_PRECISIONS,
-    VISION_PRECISIONS,
-    Precision,
-    decoder_precision,
-    vision_precision,
-)
+from edgevl.export.precision import Precision
+from edgevl.export.targets import TARGETS, Target, find_target
 from edgevl.export.vision_encoder import write_vision_encoder
 from edgevl.runtime.bundle import MANIFEST, Bundle, FileEntry, GraphEntry, file_sha256
 from edgevl.runtime.checkpoint import Checkpoint, expected_shapes
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, InputError
-from edgevl.runtime.graph_spec import decoder_spec, vision_spec
 from edgevl.runtime.image_processing import ImageProcessorConfig
 from edgevl.runtime.mrope import MROPE_RULES
 from edgevl.runtime.prompt import load_chat_template
@@ -41,22 +33,9 @@ from edgevl.runtime.tokenizer import Tokenizer
 
 __all__ = ["PRECISIONS", "TARGETS", "ExportOptions", "ExportReport", "PartReport", "export_bundle"]
 
-TARGETS = ("cpu", "cuda")
-_DIALECTS = {"cpu": OrtDialect, "cuda": CudaDialect}
-# overall name -> (vision, decoder)
-PRECISIONS = {
-    "fp32": ("fp32", "fp32"),
-    "fp16": ("fp16", "fp16"),
-    "int8": ("int8", "int8"),
-    "int8-weights": ("int8", "int8-weights"),
-    "int4": ("int8", "int4"),
-    "hybrid": ("int8", "hybrid"),
-}
-# What has CUDA kernels in ONNX Runtime: attention over the cache is float16 only, W8A8 has none.
-CUDA_PRECISIONS = {"fp16": ("fp16", "fp16"), "int8-weights": ("fp16", "int8-weights"), "int4": ("fp16", "int4")}
-CUDA_VISION = ("fp16", "fp32")
+PRECISIONS = TARGETS["cpu"].precisions  # overall name -> (vision, decoder)
 DEFAULT_PRECISION = "int4"
-DEFAULT_MAX_TOKENS = 8192
+DEFAULT_MAX_TOKENS = TARGETS["cpu"].default_max_tokens
 
 
 @dataclass(frozen=True)
@@ -64,7 +43,7 @@ class ExportOptions:
     """What to export; `vision_precision` and `decoder_precision` default to what `precision` implies.
 
     `precision` defaults to int4, and to what the checkpoint is where it is quantized. `block_size`, `symmetric` and
-    `head_bits` are for layers that are rounded here.
+    `head_bits` are for layers that are rounded here; `head_bits` and `max_tokens` default to what the target has.
     """
 
     precision: str | None = None
@@ -72,7 +51,7 @@ class ExportOptions:
     decoder_precision: str | None = None
     block_size: int = 128
     symmetric: bool = True
-    head_bits: int = 8
+    head_bits: int | None = None
     max_tokens: int | None = None
     mrope_rule: str = "released"
     target: str = "cpu"
@@ -99,6 +78,7 @@ Finish = Callable[[Path, Bundle], dict[str, FileEntry]]
 
 @dataclass(frozen=True)
 class _Plan:
+    target: Target
     vision: Precision
     decoder: tuple[Precision, ...]
     max_tokens: int
@@ -142,54 +122,42 @@ def export_bundle(
 
 
 def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:
-    if options.target not in TARGETS:
-        raise InputError(f"target {options.target!r} is not supported by this version; expected {', '.join(TARGETS)}")
-    if options.precision is not None and options.precision not in PRECISIONS:
-        raise InputError(f"precision {options.precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    target = find_target(options.target)
+    if options.precision is not None and options.precision not in target.precisions:
+        raise InputError(
+            f"precision {options.precision!r} is unknown for target {target.name!r}; expected one of "
+            f"{', '.join(target.precisions)}"
+        )
     if options.mrope_rule not in MROPE_RULES:
         raise InputError(f"M-RoPE rule {options.mrope_rule!r} is unknown; expected one of {', '.join(MROPE_RULES)}")
-    vision, decoder = _precisions(checkpoint, options)
-    if options.target == "cuda":
-        _check_cuda(vision, decoder)
+    vision, decoder = _precisions(checkpoint, options, target)
     longest = checkpoint.config.text.max_position_embeddings
-    max_tokens = min(DEFAULT_MAX_TOKENS, longest) if options.max_tokens is None else options.max_tokens
+    max_tokens = min(target.default_max_tokens, longest) if options.max_tokens is None else options.max_tokens
     if not 1 <= max_tokens <= longest:
         raise InputError(f"max tokens is {max_tokens}, expected 1 to {longest} (the model's max_position_embeddings)")
-    graphs = decoder_precision(decoder, options.block_size, options.symmetric, options.head_bits)
-    if options.target == "cuda":
-        graphs = tuple(replace(precision, dtype="float16") for precision in graphs)
-    return _Plan(vision_precision(vision), graphs, max_tokens)
+    return _Plan(
+        target,
+        target.vision_precision(vision),
+        target.decoder_precision(decoder, options.block_size, options.symmetric, options.head_bits),
+        max_tokens,
+    )
 
 
-def _check_cuda(vision: str, decoder: str) -> None:
-    """Raises InputError for precisions that exist but not on CUDA; unknown ones are refused by their own check."""
-    for part, name, offered, known in (
-        ("vision", vision, CUDA_VISION, VISION_PRECISIONS),
-        ("decoder", decoder, tuple(CUDA_PRECISIONS), DECODER_PRECISIONS),
-    ):
-        if name in known and name not in offered:
-            raise InputError(
-                f"{part} precision {name!r} has no CUDA kernels in ONNX Runtime; target cuda offers "
-                f"{', '.join(offered)} (INT8 on a GPU is TensorRT's: --target tensorrt)"
-            )
-
-
-def _precisions(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
+def _precisions(checkpoint: Checkpoint, options: ExportOptions, target: Target) -> tuple[str, str]:
     """(vision, decoder) by name, as asked for; a quantized checkpoint brings its own decoder."""
-    implied = PRECISIONS if options.target == "cpu" else CUDA_PRECISIONS
-    vision, decoder = implied.get(options.precision or DEFAULT_PRECISION, PRECISIONS[options.precision or "fp16"])
+    vision, decoder = target.precisions[options.precision or DEFAULT_PRECISION]
     vision = options.vision_precision or vision
     decoder = options.decoder_precision or decoder
     if checkpoint.quantization is None:
         return vision, decoder
     own = own_precision(checkpoint.layers.values())
-    if (options.precision or options.decoder_precision) and decoder in DECODER_PRECISIONS and decoder != own:
+    if (options.precision or options.decoder_precision) and decoder in target.decoder_precisions and decoder != own:
         raise InputError(
             f"{checkpoint.folder}: decoder precision {decoder!r} was asked for, but the decoder of this "
             f"{checkpoint.quantization.method} checkpoint is {own!r}; leave the precision away, or export the "
             "unquantized checkpoint"
         )
-    return vision, own if decoder in DECODER_PRECISIONS else decoder
+    return vision, own if decoder in target.decoder_precisions else decoder
 
 
 def _write(
@@ -207,8 +175,8 @@ def _write(
     graphs: dict[str, GraphEntry] = {}
     files: dict[str, FileEntry] = {}
     with DataFile(folder / "vision.onnx.data", on_tensor) as data:
-        spec = vision_spec(config, plan.vision.dtype)
-        dialect = _DIALECTS[options.target](spec, config, checkpoint, data, plan.vision)
+        spec = plan.target.vision_spec(config, plan.vision, plan.decoder[0])
+        dialect = plan.target.dialect(spec, config, checkpoint, data, plan.vision)
         write_vision_encoder(dialect, config.vision)
         dialect.builder.save(folder / "vision.onnx")
         graphs["vision"] = GraphEntry("vision.onnx", plan.vision.name, spec)
@@ -217,8 +185,8 @@ def _write(
     with DataFile(folder / "decoder.onnx.data", on_tensor) as data:
         roles = ("prefill", "decoder") if len(plan.decoder) == 2 else ("decoder",)
         for role, precision in zip(roles, plan.decoder):
-            spec = decoder_spec(config, precision.dtype, role)
-            dialect = _DIALECTS[options.target](spec, config, checkpoint, data, precision)
+            spec = plan.target.decoder_spec(config, precision, role, plan.max_tokens)
+            dialect = plan.target.dialect(spec, config, checkpoint, data, precision)
             write_decoder(dialect, config.text)
             dialect.builder.save(folder / f"{role}.onnx")
             graphs[role] = GraphEntry(f"{role}.onnx", precision.name, spec)
@@ -235,7 +203,7 @@ def _write(
         target=options.target,
         precision=_precision_name(plan),
         max_tokens=plan.max_tokens,
-        requires={"onnxruntime": LEAST_ONNXRUNTIME},
+        requires=plan.target.engines(plan.vision, *plan.decoder),
         graphs=graphs,
         files=files,
         edgevl_version=importlib.metadata.version("edgevl"),
@@ -319,7 +287,7 @@ def _expected_bytes(checkpoint: Checkpoint, plan: _Plan) -> int:
         for p in precisions:
             form = p.table if is_table else p.linear
             if len(shape) < 2 or form.kind == "float" or "patch_embed" in name:
-                width.add(2.0 if p.dtype == "float16" else 4.0)
+                width.add(4.0 if p.dtype == "float32" else 2.0)
             elif form.kind == "w8a8":
                 width.add(1.0)
             else:

@@ -31,6 +31,9 @@ class KVCache:
     Args:
         spec: the decoder's spec; its `cache` pairs name the buffers.
         capacity: tokens that each row can hold.
+
+    Raises:
+        CapacityError: another capacity than the graph's, where it is fixed.
     """
 
     def __init__(self, spec: GraphSpec, capacity: int, batch: int = 1) -> None:
@@ -40,7 +43,12 @@ class KVCache:
         self._buffers: dict[str, np.ndarray] = {}
         for past, _ in spec.cache:
             tensor = spec.input(past)
-            _, heads, _, dim = tensor.shape
+            _, heads, fixed, dim = tensor.shape
+            if isinstance(fixed, int) and fixed != capacity:
+                raise CapacityError(
+                    f"a KV cache of {capacity} tokens was asked for, the graph was exported for exactly {fixed}; "
+                    f"export with --max-tokens {capacity}, or leave the capacity away"
+                )
             self._buffers[past] = _zeros((batch, int(heads), capacity, int(dim)), np.dtype(tensor.dtype))
 
     @property

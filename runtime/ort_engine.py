@@ -13,8 +13,9 @@ import onnxruntime as ort
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.engine import usable_cores
 from edgevl.runtime.errors import EngineError, InputError
-from edgevl.runtime.graph_spec import GraphSpec
+from edgevl.runtime.graph_spec import APPENDED, GraphSpec
 from edgevl.runtime.kv_cache import CacheView
+from edgevl.runtime.trt_feeds import is_tensorrt_spec, store_appended, tensorrt_feeds
 
 __all__ = ["OrtEngine", "OrtGraph"]
 
@@ -46,10 +47,17 @@ class OrtGraph:
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._dtypes = {t.name: np.dtype(t.dtype) for t in spec.inputs}
         self._cached = dict(spec.cache)
-        presents = set(self._cached.values())
+        self._appends = spec.cache_update == APPENDED
+        presents = set() if self._appends else set(self._cached.values())
         self._outputs = [t.name for t in spec.outputs if t.name not in presents]
+        # A graph written for TensorRT runs here too, for its numbers; it takes a mask instead of lengths.
+        self._for_tensorrt = is_tensorrt_spec(spec)
 
     def run(self, feeds: Mapping[str, np.ndarray], cache: CacheView | None = None) -> dict[str, np.ndarray]:
+        wanted, lengths = feeds.get("logits_rows"), feeds.get("seqlens_k")
+        if self._for_tensorrt:
+            past = np.asarray(lengths, np.int64) + 1 - np.shape(feeds["input_ids"])[1]
+            feeds = tensorrt_feeds(feeds, self.spec)
         binding = self._session.io_binding()
         alive = []  # the binding holds pointers, not references
         for name, value in feeds.items():
@@ -59,7 +67,8 @@ class OrtGraph:
         for name, buffer in ({} if cache is None else cache.buffers).items():
             where = ("cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             binding.bind_input(name, *where)
-            binding.bind_output(self._cached[name], *where)
+            if not self._appends:
+                binding.bind_output(self._cached[name], *where)
         for name in self._outputs:
             binding.bind_output(name, "cpu")
         try:
@@ -68,7 +77,12 @@ class OrtGraph:
             raise EngineError(f"graph {self.spec.name!r}: onnxruntime failed: {str(e).splitlines()[0]}") from None
         # Outputs come in the order in which they were bound: the cache's first, then ours.
         values = binding.get_outputs()[-len(self._outputs) :]
-        return {name: value.numpy() for name, value in zip(self._outputs, values)}
+        found = {name: value.numpy() for name, value in zip(self._outputs, values)}
+        if not self._for_tensorrt:
+            return found
+        if self._appends and cache is not None:
+            store_appended(cache.buffers, found, past, self.spec)
+        return {"logits": found["logits"][: np.size(wanted)]}
 
     def _check_signature(self, path: Path) -> None:
         found = {i.name for i in self._session.get_inputs()}
