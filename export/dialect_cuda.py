@@ -1,7 +1,7 @@
 """The ONNX Runtime dialect for CUDA: float16, and only what has a CUDA kernel from onnxruntime-gpu 1.23 on.
 
 ONNX Runtime puts a node without a CUDA kernel on the CPU and copies its inputs and outputs there and back, without a
-word. `export/cuda_kernels.json` lists the kernels that this dialect may use, as two wheels place them; a test holds
+word. `tests/cuda_kernels.json` lists what this dialect may use, as two wheels place it; a test holds
 every exported graph against it. The graph runs on the CPU too, which gives its numbers where there is no GPU.
 
 What differs from the CPU's dialect, and why:

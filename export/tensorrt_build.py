@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevl.export.tensorrt_library import BuildLog, TensorRT, find_tensorrt, progress_monitor
+from edgevl.export.build_progress import progress_monitor
 from edgevl.runtime.bundle import Bundle, file_sha256
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, EngineError, InputError
@@ -35,6 +35,7 @@ from edgevl.runtime.plans import (
     find_plans,
     plan_folder_name,
 )
+from edgevl.runtime.tensorrt_library import BuildLog, TensorRT, find_tensorrt
 
 __all__ = ["BuildOptions", "BuildReport", "PlanReport", "build_plans", "decoder_profiles", "vision_profile"]
 

@@ -11,13 +11,13 @@ import numpy as np
 import onnxruntime as ort
 
 from edgevl.runtime.bundle import Bundle
-from edgevl.runtime.engine import usable_cores
+from edgevl.runtime.engine import EngineLimits, usable_cores
 from edgevl.runtime.errors import EngineError, InputError
 from edgevl.runtime.graph_spec import APPENDED, GraphSpec
-from edgevl.runtime.kv_cache import CacheView
+from edgevl.runtime.kv_cache import CacheView, KVCache
 from edgevl.runtime.trt_feeds import is_tensorrt_spec, store_appended, tensorrt_feeds
 
-__all__ = ["OrtEngine", "OrtGraph"]
+__all__ = ["OrtEngine", "OrtGraph", "check_signature", "check_version"]
 
 _MADV_DONTNEED = 4
 PROVIDER = "CPUExecutionProvider"
@@ -40,7 +40,7 @@ class OrtGraph:
             ) from None
         if self._session.get_providers() != [PROVIDER]:
             raise EngineError(f"{path}: asked for {PROVIDER}, got {self._session.get_providers()}")
-        self._check_signature(path)
+        check_signature(path, spec, [i.name for i in self._session.get_inputs()])
         self._run_options = ort.RunOptions()
         if shrink_arena:
             # Pictures come in all sizes: without this the largest one's activations stay allocated for ever.
@@ -84,10 +84,11 @@ class OrtGraph:
             store_appended(cache.buffers, found, past, self.spec)
         return {"logits": found["logits"][: np.size(wanted)]}
 
-    def _check_signature(self, path: Path) -> None:
-        found = {i.name for i in self._session.get_inputs()}
-        if found != {t.name for t in self.spec.inputs}:
-            raise EngineError(f"{path}: inputs {sorted(found)} are not those of the manifest; export the bundle again")
+
+def check_signature(path: Path, spec: GraphSpec, inputs: Sequence[str]) -> None:
+    """Raises EngineError where a graph's inputs are not those of the manifest."""
+    if set(inputs) != {t.name for t in spec.inputs}:
+        raise EngineError(f"{path}: inputs {sorted(inputs)} are not those of the manifest; export the bundle again")
 
 
 class OrtEngine:
@@ -102,13 +103,14 @@ class OrtEngine:
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}, expected at least 1")
-        _check_version(bundle)
+        check_version(bundle)
         self.threads = threads or usable_cores()
         # Repacking weights is most of the time of opening, and each session does it on one thread.
         with ThreadPoolExecutor(len(bundle.graphs)) as pool:
             opened = dict(zip(bundle.graphs, pool.map(lambda role: self._open(bundle, role), bundle.graphs)))
         release_file_pages([bundle.path(name) for name in bundle.files if name.endswith(".data")])
         self._graphs: dict[str, OrtGraph] = opened
+        self.limits = EngineLimits()
 
     def _open(self, bundle: Bundle, role: str) -> OrtGraph:
         graph = bundle.graphs[role]
@@ -125,6 +127,9 @@ class OrtEngine:
     @property
     def prefill(self) -> OrtGraph:
         return self._graphs.get("prefill", self.decoder)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        return KVCache(self.decoder.spec, capacity, batch)
 
     def close(self) -> None:
         """Free the sessions; the engine cannot run afterwards."""
@@ -152,7 +157,7 @@ def release_file_pages(paths: Sequence[Path]) -> None:
             libc.madvise(ctypes.c_void_p(region[0]), ctypes.c_size_t(region[1] - region[0]), _MADV_DONTNEED)
 
 
-def _check_version(bundle: Bundle) -> None:
+def check_version(bundle: Bundle) -> None:
     least = bundle.requires.get("onnxruntime")
     if least is None:
         raise EngineError(

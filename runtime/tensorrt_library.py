@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from edgevl.runtime.errors import EngineError
 from edgevl.runtime.plans import FLAVOURS
 
-__all__ = ["BuildLog", "TensorRT", "find_tensorrt", "how_to_install", "progress_monitor"]
+__all__ = ["BuildLog", "TensorRT", "find_tensorrt", "how_to_install", "installed_versions"]
 
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
@@ -86,6 +85,17 @@ def how_to_install(flavour: str | None = None) -> str:
     return f"pip install tensorrt-cu12 (or tensorrt-cu13, by your driver); without a GPU, {rtx}"
 
 
+def installed_versions() -> dict[str, str]:
+    """{flavour: version} of what can be imported here."""
+    found = {}
+    for flavour in FLAVOURS:
+        try:
+            found[flavour] = find_tensorrt(flavour).version
+        except EngineError:
+            continue
+    return found
+
+
 class BuildLog:
     """TensorRT's messages: warnings and errors are kept, the errors for the message of a build that fails."""
 
@@ -108,35 +118,6 @@ class BuildLog:
     def reason(self) -> str:
         """The first error on one line."""
         return " ".join(self.errors[0].split()) if self.errors else "it gave no reason"
-
-
-def progress_monitor(
-    library: TensorRT, progress: Callable[[str, int, int], None], cancelled: Callable[[], bool]
-) -> Any | None:
-    """A monitor that tells `progress` of (phase, step, steps) and stops the build once `cancelled`; None where the
-    version has no monitors (before 9.0)."""
-    base = getattr(library.module, "IProgressMonitor", None)
-    if base is None:
-        return None
-
-    class Monitor(base):
-        def __init__(self) -> None:
-            base.__init__(self)
-            self._steps: dict[str, int] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._steps[phase_name] = num_steps
-            progress(phase_name, 0, num_steps)
-
-        def phase_finish(self, phase_name: str) -> None:
-            steps = self._steps.pop(phase_name, 0)
-            progress(phase_name, steps, steps)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            progress(phase_name, step + 1, self._steps.get(phase_name, 0))
-            return not cancelled()
-
-    return Monitor()
 
 
 def _numbers(version: str) -> tuple[int, ...]:
