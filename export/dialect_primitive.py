@@ -45,37 +45,35 @@ class PrimitiveDialect(StandardDialect):
 
     def rotate(self, x: ir.Value) -> ir.Value:
         # x * [cos cos] + [-x2 x1] * [sin sin], in halves.
-        one = self.ints(1)
-        cos, sin = (self._shared_rows(name, one) for name in ("rotary_cos", "rotary_sin"))
+        cos, sin = (
+            self.shared(
+                name, lambda name=name: self.op("Unsqueeze", self.input(name), self.ints(1))
+            )  # [B, 1, S, d / 2]
+            for name in ("rotary_cos", "rotary_sin")
+        )
         first, second = self.op("Split", x, axis=-1, num_outputs=2, outputs=2)
         low = self.op("Sub", self.op("Mul", first, cos), self.op("Mul", second, sin))
         high = self.op("Add", self.op("Mul", second, cos), self.op("Mul", first, sin))
         return self.op("Concat", low, high, axis=-1)
 
-    def _shared_rows(self, name: str, axis: ir.Value) -> ir.Value:
-        """Rotary rows [B, S, d / 2] as [B, 1, S, d / 2]."""
-        rows = self.input(name)
-        key = (rows, 0)
-        if key not in self._summed:
-            self._summed[key] = self.op("Unsqueeze", rows, axis)
-        return self._summed[key]
-
     def attend(self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None) -> ir.Value:
         t = self._config.text
         if mask is None:
-            return self._attend(q, k, v, None, self._config.vision.head_dim)
+            return self._softmax_attention(q, k, v, None, self._config.vision.head_dim)
         groups = t.num_attention_heads // t.num_key_value_heads
-        if groups > 1:  # [B, kv_heads, L, d] -> [B, heads, L, d], each kv head for its group of query heads
-            k, v = (self._repeated(x, groups, t.num_attention_heads, t.head_dim) for x in (k, v))
-        return self._attend(q, k, v, mask, t.head_dim)
+        if groups == 1:
+            return self._softmax_attention(q, k, v, mask, t.head_dim)
+        # The query heads of one kv head as further rows of it, [B, kv_heads, groups × S, d]: repeating keys and values
+        # instead writes them out several times over, and takes the next product's int4 weights apart.
+        rows = self.op("Reshape", q, self.ints(0, t.num_key_value_heads, -1, t.head_dim))
+        seen = self.shared("mask_of_groups", lambda: self.op("Concat", *[mask] * groups, axis=2))
+        y = self._softmax_attention(rows, k, v, seen, t.head_dim)
+        return self.op("Reshape", y, self.ints(0, t.num_attention_heads, -1, t.head_dim))
 
-    def _repeated(self, x: ir.Value, groups: int, heads: int, dim: int) -> ir.Value:
-        wide = self.op("Expand", self.op("Unsqueeze", x, self.ints(2)), self.ints(1, 1, groups, 1, 1))
-        return self.op("Reshape", wide, self.ints(0, heads, -1, dim))
-
-    def _attend(self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, dim: int) -> ir.Value:
+    def _softmax_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, dim: int) -> ir.Value:
+        # Scaled before the product: large keys would overflow float16 where it is not fused.
+        q = self.op("Mul", q, self.scalar(1 / math.sqrt(dim)))
         scores = self.op("MatMul", q, self.op("Transpose", k, perm=[0, 1, 3, 2]))
-        scores = self.op("Mul", scores, self.scalar(1 / math.sqrt(dim)))
         if mask is not None:
             scores = self.op("Add", scores, mask)
         return self.op("MatMul", self.op("Softmax", scores, axis=-1), v)
@@ -91,9 +89,9 @@ class PrimitiveDialect(StandardDialect):
 
     def _visible(self) -> ir.Value:
         """[1]: how many cached tokens the mask covers."""
-        mask, ids = self.input("attention_mask"), self.input("input_ids")
-        key = (mask, 0)
-        if key not in self._summed:
-            attended = self.op("Shape", mask, start=3, end=4)
-            self._summed[key] = self.op("Sub", attended, self.op("Shape", ids, start=1, end=2))
-        return self._summed[key]
+
+        def made() -> ir.Value:
+            attended = self.op("Shape", self.input("attention_mask"), start=3, end=4)
+            return self.op("Sub", attended, self.op("Shape", self.input("input_ids"), start=1, end=2))
+
+        return self.shared("visible", made)

@@ -10,7 +10,7 @@ as INT4 DequantizeLinear along the inputs, with scales in the compute type, posi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,9 +41,7 @@ class StandardDialect:
         self._precision = precision
         self._weights = TensorRTWeights(checkpoint, self.builder, precision.dtype)
         self.dtype = np.dtype(precision.dtype)
-        self._rounded: dict[tuple[ir.Value, float], ir.Value] = {}
-        self._ordered: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
-        self._summed: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._shared: dict[object, ir.Value] = {}
 
     # ------------------------------------------------------------------ plumbing
 
@@ -71,6 +69,12 @@ class StandardDialect:
     def scalar(self, value: float, dtype: np.dtype | None = None) -> ir.Value:
         dtype = dtype or self.dtype
         return self.builder.constant(f"{dtype}_{value!r}", np.array(value).astype(dtype))
+
+    def shared(self, key: object, make: Callable[[], ir.Value]) -> ir.Value:
+        """The value that was made for `key`, made now if none was."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def _flat(self, x: ir.Value, width: int) -> ir.Value:
         return self.op("Reshape", x, self.ints(-1, width))
@@ -129,34 +133,34 @@ class StandardDialect:
 
     def _int4_product(self, x: ir.Value, name: str, form: LinearFormat) -> ir.Value:
         weight = self._weights.int4(name, form)
-        if weight.order is not None:
-            if (x, weight.order) not in self._ordered:
-                self._ordered[x, weight.order] = self.op("Gather", x, weight.order, axis=-1)
-            x = self._ordered[x, weight.order]
+        order = weight.order
+        if order is not None:
+            given = x
+            x = self.shared((given, order), lambda: self.op("Gather", given, order, axis=-1))
         size = weight.block_size
         y = self.op("MatMul", x, self.op("DequantizeLinear", weight.codes, weight.scales, axis=0, block_size=size))
         if weight.correction is None:
             return y
-        if (x, size) not in self._summed:
-            # Rank by rank: a row of the head has two axes, a token of a layer three.
-            blocks = self._weights.columns_of(name) // size
-            rank = 2 if name in ("lm_head", "model.embed_tokens") else 3
-            cut = self.op("Reshape", x, self.ints(*[0] * (rank - 1), blocks, size))
-            self._summed[x, size] = self.op("ReduceSum", cut, self.ints(-1), keepdims=0)
-        return self.add(y, self.op("MatMul", self._summed[x, size], weight.correction))
+        sums = self.shared((x, size), lambda: self._block_sums(x, self._weights.columns_of(name) // size, size))
+        return self.add(y, self.op("MatMul", sums, weight.correction))
+
+    def _block_sums(self, x: ir.Value, blocks: int, size: int) -> ir.Value:
+        """[B, S, K] -> [B, S, blocks]."""
+        return self.op("ReduceSum", self.op("Reshape", x, self.ints(0, 0, blocks, size)), self.ints(-1), keepdims=0)
 
     def _int8_product(self, x: ir.Value, name: str) -> ir.Value:
         scale = self._weights.static_scale(name)
         factor = self._weights.pre_scale(name)
         if factor is not None:
             x = self.op("Mul", x, factor)
-        if (x, float(scale)) not in self._rounded:
-            step = self.builder.constant(f"{self.dtype}_{float(scale)!r}", scale)
-            zero = self.builder.constant("int8_0", np.array(0, np.int8))
-            codes = self.op("QuantizeLinear", x, step, zero)
-            self._rounded[x, float(scale)] = self.op("DequantizeLinear", codes, step, zero)
-        weight = self.op("DequantizeLinear", *self._weights.int8_columns(name), axis=1)
-        return self.op("MatMul", self._rounded[x, float(scale)], weight)
+        given = x
+        rounded = self.shared((given, float(scale)), lambda: self._rounded(given, scale))
+        return self.op("MatMul", rounded, self.op("DequantizeLinear", *self._weights.int8_columns(name), axis=1))
+
+    def _rounded(self, x: ir.Value, scale: np.ndarray) -> ir.Value:
+        step = self.builder.constant(f"{self.dtype}_{float(scale)!r}", scale)
+        zero = self.builder.constant("int8_0", np.array(0, np.int8))
+        return self.op("DequantizeLinear", self.op("QuantizeLinear", x, step, zero), step, zero)
 
     def gated_mlp(self, x: ir.Value, gate: str, up: str, down: str) -> ir.Value:
         a, b = self.linears(x, [gate, up])

@@ -1,4 +1,4 @@
-"""From the graphs of a bundle to TensorRT plans: profiles, a strongly typed build, plan files named by version and device.
+"""From the graphs of a bundle to TensorRT plans: profiles, a strongly typed build, files named by version and device.
 
 Plans are made in a folder beside the final one and renamed when all are there, so a build that dies leaves nothing
 that opens. With TensorRT-RTX it needs no GPU: the compute capabilities are named.
@@ -265,7 +265,8 @@ class _Build:
         output.write_bytes(memoryview(plan))
         self._save_timing(trt, config)
         del parser, network
-        return PlanReport(role, output.stat().st_size, time.monotonic() - started, tuple(log.warnings))
+        warnings = [w for w in log.warnings if "Int64 binding" not in w]  # meant: ids and slots are int64
+        return PlanReport(role, output.stat().st_size, time.monotonic() - started, tuple(warnings))
 
     def _configure(self, trt: Any, config: Any, network: Any) -> None:
         options = self._options
