@@ -91,6 +91,27 @@ class Decoder:
             self.cache.advance(row, 1)
         return logits
 
+    def score(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Append several tokens to row 0, by the graph of single steps, with the logits of every one.
+
+        Args:
+            ids: int64 [n]. positions: int64 [n], the same for t, h and w.
+
+        Returns:
+            Logits float32 [n, vocab].
+        """
+        self.cache.reserve(0, len(ids))
+        feeds = self._feeds(ids[None], np.broadcast_to(positions[None, None], (3, 1, len(ids))), self.cache.lengths[:1])
+        feeds["image_slots"], feeds["image_embeds"] = np.zeros(0, np.int64), self._no_images
+        feeds["logits_rows"] = np.arange(len(ids))
+        logits = self._engine.decoder.run(feeds, self.cache.view(0, 1))["logits"]
+        self.cache.advance(0, len(ids))
+        return logits
+
+    def fork(self) -> Decoder:
+        """A decoder over an independent copy of the cache."""
+        return Decoder(self._engine, self._config, self.cache.fork(), self._chunk)
+
     def _feeds(self, ids: np.ndarray, positions: np.ndarray, past: np.ndarray) -> dict[str, np.ndarray]:
         """ids [B, S], positions [3, B, S], past lengths [B] -> the inputs that prefill and decode share."""
         cos, sin = rotary_rows(positions, self._config.text)

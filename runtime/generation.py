@@ -8,8 +8,10 @@ over a cache that is kept.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +21,14 @@ import numpy as np
 
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.chat import ChatSession
+from edgevl.runtime.decode_loop import DecodeLoop
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK, Decoder
 from edgevl.runtime.engine import Engine, open_engine
-from edgevl.runtime.errors import CapacityError, InputError
+from edgevl.runtime.errors import CapacityError, EdgeVLError, InputError
+from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB, ImageCache
 from edgevl.runtime.kv_cache import KVCache
 from edgevl.runtime.mrope import position_ids
+from edgevl.runtime.prefix_cache import PrefixCache, token_identity
 from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, load_chat_template
 from edgevl.runtime.results import Completion, Piece
 from edgevl.runtime.row import Row
@@ -41,6 +46,7 @@ class PreparedPrompt:
     ids: np.ndarray  # int64 [S]
     positions: np.ndarray  # int64 [3, S]
     next_position: int
+    identity: np.ndarray  # int64 [S, 3], see token_identity
     images: tuple[EncodedImage, ...]
     preprocess_s: float
     vision_s: float
@@ -53,14 +59,24 @@ class PreparedPrompt:
 class Stream(Iterator[Piece]):
     """Pieces of one answer; `completion` is there when it has ended."""
 
-    def __init__(self, pieces: Iterator[Piece], row: Row) -> None:
+    def __init__(self, pieces: Generator[Piece, None, None], row: Row) -> None:
         self._pieces, self._row = pieces, row
 
     def __iter__(self) -> Stream:
         return self
 
+    def close(self) -> None:
+        """Leave the stream before its end."""
+        self._pieces.close()
+
     def __next__(self) -> Piece:
         return next(self._pieces)
+
+    @property
+    def identity(self) -> np.ndarray:
+        """Of the prompt and the answer so far (with prompt lookup it may be ahead of the pieces); the cache holds a
+        beginning of it."""
+        return self._row.identity
 
     @property
     def completion(self) -> Completion:
@@ -79,6 +95,8 @@ class VisionLanguageModel:
         engine: Engine,
         capacity: int | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        image_cache_mb: float = DEFAULT_IMAGE_CACHE_MB,
+        prefix_cache_mb: float = 0,
     ) -> None:
         self.bundle, self.engine, self.config = bundle, engine, bundle.model
         self.capacity = bundle.max_tokens if capacity is None else capacity
@@ -91,7 +109,12 @@ class VisionLanguageModel:
         # Grounding tokens in messages stay tokens: users refer to boxes with them, and earlier answers hold them.
         template = load_chat_template(bundle.folder)
         self._builder = PromptBuilder(self.tokenizer, template, self.config, trusted=GROUNDING_TOKENS)
-        self._vision = VisionStage(engine.vision, self.config, bundle.image_processor)
+        for name, value in (("image_cache_mb", image_cache_mb), ("prefix_cache_mb", prefix_cache_mb)):
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} is {value}, expected 0 (off) or more megabytes")
+        self.image_cache = ImageCache(int(image_cache_mb * 1e6))
+        self.prefix_cache = PrefixCache(int(prefix_cache_mb * 1e6)) if prefix_cache_mb else None
+        self._vision = VisionStage(engine.vision, self.config, bundle.image_processor, self.image_cache)
         ids = (self.tokenizer.token_to_id(t) for t in GROUNDING_TOKENS)
         self._grounding_ids = frozenset(i for i in ids if i is not None)
 
@@ -104,6 +127,8 @@ class VisionLanguageModel:
         threads: int | None = None,
         capacity: int | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        image_cache_mb: float = DEFAULT_IMAGE_CACHE_MB,
+        prefix_cache_mb: float = 0,
         verify_hashes: bool = False,
         notice: Callable[[str], None] | None = None,
     ) -> VisionLanguageModel:
@@ -114,13 +139,22 @@ class VisionLanguageModel:
             threads: worker threads; the cores that the process may use by default.
             capacity: tokens that a KV cache holds; the bundle's `max_tokens` by default.
             prefill_chunk: most prompt tokens that go through the decoder at once; bounds activation memory.
+            image_cache_mb: most memory, in 1e6 bytes, for vision features kept by content; 0 keeps none.
+            prefix_cache_mb: most memory, in 1e6 bytes, for keys and values of earlier requests: `generate`, `stream`
+                and `generate_batch` then prefill only what no earlier request began with. 0 keeps none. It comes on
+                top of the KV cache of the request itself; a 2B model in float32 takes 57 kB a token.
             verify_hashes: check every file's sha256 first.
 
         Raises:
             BundleError, EngineError, InputError: see the classes.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes)
-        return cls(opened, open_engine(opened, engine, threads, notice), capacity, prefill_chunk)
+        runner = open_engine(opened, engine, threads, notice)
+        try:
+            return cls(opened, runner, capacity, prefill_chunk, image_cache_mb, prefix_cache_mb)
+        except EdgeVLError:
+            runner.close()
+            raise
 
     def close(self) -> None:
         self.engine.close()
@@ -169,13 +203,18 @@ class VisionLanguageModel:
             raise InputError("a batch has no conversations; expected at least one")
         decoder = self.decoder(len(prompts))
         rows = [self._row(p, config, started, i) for i, p in enumerate(prompts)]
-        for _ in self._run(decoder, rows, prompts):
+        for _ in self._loop(decoder).run(rows, prompts):
             pass
         return [row.completion() for row in rows]
 
-    def chat(self, system: str | None = None) -> ChatSession:
-        """A conversation that keeps its KV cache between turns."""
-        return ChatSession(self, system)
+    def chat(self, system: str | None = None, on_full: str = "refuse") -> ChatSession:
+        """A conversation that keeps its KV cache between turns.
+
+        Args:
+            on_full: when a question and its answer (max_new_tokens) do not fit the KV cache with what was said before:
+                `refuse` with a CapacityError, or `drop-oldest-turn`.
+        """
+        return ChatSession(self, system, on_full)
 
     # ------------------------------------------------------------------ stages, for chats, verify and benchmarks
 
@@ -184,7 +223,7 @@ class VisionLanguageModel:
         cache = KVCache(self.engine.decoder.spec, self.capacity, batch)
         return Decoder(self.engine, self.config, cache, self._chunk)
 
-    def prepare(self, messages: Sequence[dict[str, Any]]) -> PreparedPrompt:
+    def prepare(self, messages: Sequence[dict[str, Any]], check_length: bool = True) -> PreparedPrompt:
         """Encode the pictures of `messages`, build the prompt and its positions.
 
         Raises:
@@ -193,7 +232,8 @@ class VisionLanguageModel:
         """
         images = tuple(self._vision.encode(item) for item in collect_vision(list(messages)))
         prompt = self._builder.build(list(messages), [i.grid for i in images])
-        self._check_length(len(prompt.input_ids), images)
+        if check_length:
+            self.check_length(len(prompt.input_ids), sum(len(i.embeds) for i in images))
         positions = position_ids(
             prompt.input_ids,
             [i.grid for i in images],
@@ -205,6 +245,7 @@ class VisionLanguageModel:
             ids=prompt.input_ids,
             positions=positions.ids,
             next_position=positions.next_position,
+            identity=token_identity(prompt.input_ids, images, self._placeholder_ids),
             images=images,
             preprocess_s=sum(i.preprocess_s for i in images),
             vision_s=sum(i.vision_s for i in images),
@@ -220,76 +261,41 @@ class VisionLanguageModel:
     ) -> Stream:
         """Answer a prepared prompt whose first `cached` tokens are already in row 0 of the decoder's cache."""
         row = self._row(prompt, config, time.perf_counter() if started is None else started, 0, cached)
-        return Stream((piece for _, piece in self._run(decoder, [row], [prompt])), row)
+        return Stream(_pieces(self._loop(decoder).run([row], [prompt])), row)
 
     def _row(
         self, prompt: PreparedPrompt, config: GenerationConfig, started: float, index: int, cached: int = 0
     ) -> Row:
         return Row(self.tokenizer, config, prompt, self._grounding_ids, started, index, cached)
 
-    def _run(
-        self, decoder: Decoder, rows: Sequence[Row], prompts: Sequence[PreparedPrompt]
-    ) -> Iterator[tuple[Row, Piece]]:
-        """Prefill every row, then decode the rows that go on together; a row that ends gives its place to the last."""
-        active: list[Row] = []
-        for slot, (row, prompt) in enumerate(zip(rows, prompts)):
-            began = time.perf_counter()
-            ids = prompt.ids[row.cached :]
-            placeholders = np.isin(prompt.ids[: row.cached], self._placeholder_ids).sum()
-            embeds = [i.embeds for i in prompt.images]
-            rest = np.concatenate(embeds)[placeholders:] if embeds else None
-            logits = decoder.prefill(slot, ids, prompt.positions[:, row.cached :], rest)
-            row.prefill_s = time.perf_counter() - began
-            yield row, row.accept(logits, room=self._room(decoder, slot))
-            active.append(row)
-        active = self._compact(decoder, active)
-        while active:
-            began = time.perf_counter()
-            ids = np.array([row.token for row in active], np.int64)
-            logits = decoder.step(ids, np.array([row.position for row in active], np.int64))
-            pieces = [row.accept(logits[i], room=self._room(decoder, i)) for i, row in enumerate(active)]
-            elapsed = time.perf_counter() - began
-            for row, piece in zip(active, pieces):
-                row.decode_s += elapsed
-                yield row, piece
-            active = self._compact(decoder, active)
+    def _loop(self, decoder: Decoder) -> DecodeLoop:
+        return DecodeLoop(decoder, self._placeholder_ids, self.prefix_cache)
 
     @property
     def _placeholder_ids(self) -> tuple[int, int]:
         return self.config.tokens.image_token_id, self.config.tokens.video_token_id
 
-    @staticmethod
-    def _room(decoder: Decoder, slot: int) -> bool:
-        """Whether the token just chosen could still be fed."""
-        return bool(decoder.cache.lengths[slot] < decoder.cache.capacity)
+    def check_length(self, length: int, image_tokens: int, hint: str = "shorten the prompt") -> None:
+        """Refuse a prompt of `length` tokens, of which `image_tokens` are pictures, that leaves no room for an answer.
 
-    @staticmethod
-    def _compact(decoder: Decoder, active: list[Row]) -> list[Row]:
-        """Drop ended rows; the last row's cache moves into the gap, so that the rows stay contiguous."""
-        rows = list(active)
-        slot = 0
-        while slot < len(rows):
-            if rows[slot].finish_reason is None:
-                slot += 1
-                continue
-            last = len(rows) - 1
-            if last != slot:
-                decoder.cache.move(last, slot)
-                rows[slot] = rows[last]
-            rows.pop()
-        return rows
-
-    def _check_length(self, length: int, images: Sequence[EncodedImage]) -> None:
+        Raises:
+            CapacityError: by how much, and what could be done.
+        """
         if length < self.capacity:
             return
-        tokens = sum(len(i.embeds) for i in images)
         advice = []
-        if tokens:
-            advice.append(f"lower max_pixels ({tokens} tokens are pictures)")
+        if image_tokens:
+            advice.append(f"lower max_pixels ({image_tokens} tokens are pictures)")
         if self.capacity < self.config.text.max_position_embeddings:
             advice.append(f"open with a larger capacity (up to {self.config.text.max_position_embeddings})")
-        advice.append("shorten the prompt")
+        advice.append(hint)
         raise CapacityError(
             f"the prompt is {length} tokens, {length - self.capacity + 1} more than the KV cache of {self.capacity} "
             f"takes with an answer; {', or '.join(advice)}"
         )
+
+
+def _pieces(answered: Generator[tuple[Row, Piece], None, None]) -> Generator[Piece, None, None]:
+    with closing(answered):
+        for _, piece in answered:
+            yield piece

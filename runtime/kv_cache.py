@@ -91,6 +91,25 @@ class KVCache:
             b[target, :, :used] = b[source, :, :used]
         self.lengths[target] = used
 
+    def read(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Copies of the tokens [start, stop) of `row`: {past input name: [kv_heads, stop - start, d]}."""
+        if not 0 <= start <= stop <= self.lengths[row]:
+            raise ValueError(f"cannot read tokens {start} to {stop} of row {row}, it holds {int(self.lengths[row])}")
+        return {name: b[row, :, start:stop].copy() for name, b in self._buffers.items()}
+
+    def append(self, row: int, tokens: dict[str, np.ndarray], count: int) -> None:
+        """Put the first `count` tokens of what `read` gave (of this cache or another of the same spec) after those of
+        `row`, as though the graph had written them there.
+
+        Raises:
+            CapacityError: they do not fit.
+        """
+        self.reserve(row, count)
+        start = int(self.lengths[row])
+        for name, b in self._buffers.items():
+            b[row, :, start : start + count] = tokens[name][:, :count]
+        self.lengths[row] += count
+
     def fork(self) -> KVCache:
         """An independent copy; only the used part is copied."""
         other = KVCache(self._spec, self.capacity, self.batch)

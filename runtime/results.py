@@ -22,12 +22,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts. `cached_tokens` of the prompt were already in the KV cache and cost nothing."""
+    """Token counts. `cached_tokens` of the prompt were already in the KV cache and cost nothing; for `cached_images` of
+    the `images` (pictures and videos) the vision encoder did not run; of `drafted_tokens` that prompt lookup proposed,
+    `accepted_tokens` were right and came without a step of their own."""
 
     prompt_tokens: int
     image_tokens: int
     cached_tokens: int
     completion_tokens: int
+    images: int = 0
+    cached_images: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

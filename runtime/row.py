@@ -9,6 +9,7 @@ import numpy as np
 
 from edgevl.runtime.errors import EngineError
 from edgevl.runtime.grounding import parse_boxes
+from edgevl.runtime.prefix_cache import token_identity
 from edgevl.runtime.results import Completion, FinishReason, Piece, Timings, Usage
 from edgevl.runtime.sampling import GenerationConfig, Sampler, StopStrings
 from edgevl.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -36,7 +37,7 @@ class Row:
         index: int,
         cached: int,
     ) -> None:
-        self._prompt, self._config, self._started = prompt, config, started
+        self._prompt, self.config, self._started = prompt, config, started
         seed = None if config.seed is None else config.seed + index
         self._sampler = Sampler(config, None if seed is None else np.random.default_rng(seed))
         self._detokenizer = IncrementalDetokenizer(tokenizer, keep_special=grounding_ids)
@@ -45,12 +46,23 @@ class Row:
         self._text: list[str] = []
         self.tokens: list[int] = []
         self.cached = cached
+        self.drafted = self.accepted = 0  # tokens of prompt lookup
         self.finish_reason: FinishReason | None = None
         self.prefill_s = self.decode_s = self._first_token_s = 0.0
 
     @property
     def token(self) -> int:
         return self.tokens[-1]
+
+    @property
+    def sequence(self) -> np.ndarray:
+        """Ids of the prompt and of the answer so far, int64 [S]."""
+        return self._seen[: len(self._prompt.ids) + len(self.tokens)]
+
+    @property
+    def identity(self) -> np.ndarray:
+        """What `token_identity` gives for `sequence`, int64 [S, 3]."""
+        return np.concatenate([self._prompt.identity, token_identity(np.array(self.tokens, np.int64))])
 
     @property
     def position(self) -> int:
@@ -65,11 +77,11 @@ class Row:
             self._first_token_s = time.perf_counter() - self._started
         self._seen[prompt + len(self.tokens)] = token
         self.tokens.append(token)
-        ended = token in self._config.eos_token_ids
+        ended = token in self.config.eos_token_ids
         text, stopped = ("", False) if ended else self._stop.push(self._detokenizer.push(token))
         if ended or stopped:
             self.finish_reason = "stop"
-        elif len(self.tokens) == self._config.max_new_tokens or not room:
+        elif len(self.tokens) == self.config.max_new_tokens or not room:
             self.finish_reason = "length"
         if self.finish_reason is not None and not stopped:
             tail, stopped = self._stop.push(self._detokenizer.finish())
@@ -87,7 +99,16 @@ class Row:
             token_ids=tuple(self.tokens),
             boxes=parse_boxes(text, sizes),
             finish_reason=self.finish_reason,
-            usage=Usage(len(self._prompt.ids), self._prompt.image_tokens, self.cached, len(self.tokens)),
+            usage=Usage(
+                prompt_tokens=len(self._prompt.ids),
+                image_tokens=self._prompt.image_tokens,
+                cached_tokens=self.cached,
+                completion_tokens=len(self.tokens),
+                images=len(self._prompt.images),
+                cached_images=sum(i.cached for i in self._prompt.images),
+                drafted_tokens=self.drafted,
+                accepted_tokens=self.accepted,
+            ),
             timings=Timings(
                 preprocess_s=self._prompt.preprocess_s,
                 vision_s=self._prompt.vision_s,

@@ -30,6 +30,9 @@ class GenerationConfig:
     seed: of the draws; None takes a fresh one.
     stop: the answer ends before the first of these strings.
     eos_token_ids: the answer ends at any of these tokens.
+    lookup_tokens: most tokens that prompt lookup drafts at a time (`edgevl.runtime.lookup`), while a single row is
+        being decoded; 0 drafts none. Drafts change no token, drawn ones included: each is chosen from its own logits,
+        with the same draw, and a draft only saves calls where it foresaw the choice.
 
     Raises:
         InputError: a value out of range.
@@ -45,6 +48,7 @@ class GenerationConfig:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    lookup_tokens: int = 0
 
     def __post_init__(self) -> None:
         # One string, or a list, is what callers often have at hand; a str as a tuple would be its letters.
@@ -55,6 +59,7 @@ class GenerationConfig:
             raise InputError(f"stop is {list(stop)!r}, expected strings that are not empty")
         _check_int("max_new_tokens", self.max_new_tokens, 1)
         _check_int("top_k", self.top_k, 0, "; 0 keeps all tokens")
+        _check_int("lookup_tokens", self.lookup_tokens, 0, "; 0 drafts none")
         if self.seed is not None:
             _check_int("seed", self.seed, 0)
         if not isinstance(self.do_sample, bool):

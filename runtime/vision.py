@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from PIL import Image
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.engine import GraphRunner
 from edgevl.runtime.errors import EngineError, InputError
+from edgevl.runtime.image_cache import ImageCache, cached_rows, content_key, join_keys, picture_key
 from edgevl.runtime.image_loading import load_image
 from edgevl.runtime.image_processing import (
     ImageProcessorConfig,
@@ -22,6 +22,7 @@ from edgevl.runtime.image_processing import (
     VisionGrid,
     preprocess_frames,
     preprocess_image,
+    smart_resize,
 )
 from edgevl.runtime.mrope import vision_rotary_rows
 from edgevl.runtime.prompt import VisionInput
@@ -36,7 +37,8 @@ _OPTIONS = ("min_pixels", "max_pixels")
 class EncodedImage:
     """A picture (or video) after the vision encoder; may stand for the picture in any later message.
 
-    `embeds` float32 [grid.tokens, hidden]; sizes are (width, height) in pixels; `key` identifies the pixel values.
+    `embeds` float32 [grid.tokens, hidden], read-only; sizes are (width, height) in pixels; `key` identifies the
+    content; `cached`: the encoder did not run for it (the image cache had it, or it was encoded before).
     """
 
     embeds: np.ndarray
@@ -46,13 +48,21 @@ class EncodedImage:
     key: str
     preprocess_s: float
     vision_s: float
+    cached: bool = False
 
 
 class VisionStage:
-    """The picture half of the model: preprocessing as the checkpoint says, then the vision graph."""
+    """The picture half of the model: preprocessing as the checkpoint says, then the vision graph.
 
-    def __init__(self, graph: GraphRunner, config: ModelConfig, processor: ImageProcessorConfig) -> None:
+    Args:
+        cache: where features are kept by content; without one nothing is kept.
+    """
+
+    def __init__(
+        self, graph: GraphRunner, config: ModelConfig, processor: ImageProcessorConfig, cache: ImageCache | None = None
+    ) -> None:
         self._graph, self._config, self._processor = graph, config, processor
+        self.cache = ImageCache(0) if cache is None else cache
 
     def encode(self, item: VisionInput) -> EncodedImage:
         """Encode one picture or video of a message; an EncodedImage passes through.
@@ -61,21 +71,67 @@ class VisionStage:
             InputError: not a picture, an option that does not exist.
             EngineError: the encoder gave NaN or infinity.
         """
-        if isinstance(item.source, EncodedImage):
-            return item.source
+        if isinstance(item.source, EncodedImage):  # its times were counted where it was encoded
+            return replace(item.source, preprocess_s=0.0, vision_s=0.0, cached=True)
+        return self._encode_picture(item) if item.kind == "image" else self._encode_video(item)
+
+    def _encode_picture(self, item: VisionInput) -> EncodedImage:
+        """A picture is looked up by its decoded pixels, before they are resized."""
+        started = time.perf_counter()
+        options = _options(item)
+        picture = load_image(item.source)
+        config = self._processor.with_pixels(**options)
+        height, width = smart_resize(picture.height, picture.width, config.factor, config.min_pixels, config.max_pixels)
+        key = picture_key(picture, config, (width, height))
+        embeds = self.cache.get(key)
+        cached = embeds is not None
+        if embeds is None:
+            processed = preprocess_image(picture, self._processor, **options)
+            done = time.perf_counter()
+            embeds = self.run(processed)
+            self.cache.put(key, embeds)
+        else:
+            done = time.perf_counter()
+        embeds.flags.writeable = False
+        grid = VisionGrid(1, height // config.patch_size, width // config.patch_size)
+        times = {"preprocess_s": done - started, "vision_s": time.perf_counter() - done}
+        return EncodedImage(embeds, grid, picture.size, (width, height), key, **times, cached=cached)
+
+    def _encode_video(self, item: VisionInput) -> EncodedImage:
+        """A video is looked up frame group by frame group (what becomes one row of tokens in time)."""
         started = time.perf_counter()
         processed = self.preprocess(item)
         done = time.perf_counter()
-        embeds = self.run(processed)
+        groups = processed.pixel_values.reshape(processed.grid.t, processed.grid.h * processed.grid.w, -1)
+        keys = [content_key(group, "frames", processed.grid.h, processed.grid.w) for group in groups]
+        embeds, cached = self._run_groups(processed, groups, keys)
+        embeds.flags.writeable = False
         return EncodedImage(
             embeds=embeds,
             grid=processed.grid,
             original_size=processed.original_size,
             resized_size=processed.resized_size,
-            key=content_key(processed),
+            key=join_keys("video", keys),
             preprocess_s=done - started,
             vision_s=time.perf_counter() - done,
+            cached=cached == len(keys),
         )
+
+    def _run_groups(self, processed: ProcessedImage, groups: np.ndarray, keys: Sequence[str]) -> tuple[np.ndarray, int]:
+        """Embeddings of a video, and how many of its frame groups the cache had. One that does not fit the cache
+        whole is kept out of it: going round, it would drop every group before it is asked for again."""
+        grid = processed.grid
+        tokens = grid.tokens(self._config.vision.spatial_merge_size)
+        if tokens * self._config.text.hidden_size * 4 > self.cache.limit_bytes:
+            return self.run(processed), 0
+
+        def encode(indices: list[int]) -> np.ndarray:
+            part = VisionGrid(len(indices), grid.h, grid.w)
+            chosen = groups if len(indices) == len(groups) else groups[indices]
+            embeds = self.run(replace(processed, pixel_values=chosen.reshape(part.patches, -1), grid=part))
+            return embeds.reshape(len(indices), tokens // grid.t, -1)
+
+        return cached_rows(self.cache, keys, encode)
 
     def preprocess(self, item: VisionInput) -> ProcessedImage:
         """Pixels of one picture or video, as the vision encoder wants them."""
@@ -111,21 +167,17 @@ def preprocess_vision(item: VisionInput, processor: ImageProcessorConfig) -> Pro
     Raises:
         InputError: not a picture, an option that does not exist.
     """
-    unknown = set(item.options) - set(_OPTIONS)
-    if unknown:
-        raise InputError(f"{item.kind} options {sorted(unknown)} are not supported; expected {', '.join(_OPTIONS)}")
-    options: dict[str, Any] = {k: v for k, v in item.options.items() if v is not None}
+    options = _options(item)
     if item.kind == "image":
         return preprocess_image(load_image(item.source), processor, **options)
     return preprocess_frames(_frames(item.source), processor, **options)
 
 
-def content_key(processed: ProcessedImage) -> str:
-    """Identity of a picture's pixels (never of its path: a file may be overwritten)."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr(processed.grid).encode())
-    digest.update(np.ascontiguousarray(processed.pixel_values).data)
-    return digest.hexdigest()
+def _options(item: VisionInput) -> dict[str, Any]:
+    unknown = set(item.options) - set(_OPTIONS)
+    if unknown:
+        raise InputError(f"{item.kind} options {sorted(unknown)} are not supported; expected {', '.join(_OPTIONS)}")
+    return {k: v for k, v in item.options.items() if v is not None}
 
 
 def _frames(source: object) -> list[Image.Image]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -239,7 +240,7 @@ def test_empty_batch_and_empty_video(tiny: Pair) -> None:
 def test_nan_in_logits_and_in_vision(tiny: Pair) -> None:
     with tiny.open() as model:
         encoded = model.encode_image(A)
-        encoded.embeds[0, 0] = np.nan
+        encoded = replace(encoded, embeds=np.full_like(encoded.embeds, np.nan))
         with pytest.raises(EngineError, match=r"(?i)nan"):
             model.generate([user(encoded, "Read.")])
         broken = np.array(A, np.float32) / 255
