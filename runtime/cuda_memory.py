@@ -67,18 +67,11 @@ class CudaRuntime:
 
     def __init__(self, device: int = 0) -> None:
         self._library, self.path = _load()
-        for name, arguments in FUNCTIONS.items():
-            try:
-                function = getattr(self._library, name)
-            except AttributeError:
-                raise EngineError(f"{self.path} has no {name}; CUDA 11.4 or newer is needed") from None
-            function.argtypes = list(arguments)
-            function.restype = _S if name.startswith("cudaGetError") else _I
         self.device = device
         count = _I()
         self.call("cudaGetDeviceCount", ctypes.byref(count))
         if not 0 <= device < count.value:
-            raise EngineError(f"CUDA device {device} does not exist, there are {count.value}; expected 0 to {count.value - 1}")
+            raise EngineError(f"GPU {device} does not exist; expected a number from 0 to {count.value - 1}")
         self.call("cudaSetDevice", device)
 
     def call(self, name: str, *arguments: object) -> None:
@@ -86,7 +79,9 @@ class CudaRuntime:
         status = getattr(self._library, name)(*arguments)
         if status:
             self._library.cudaGetLastError()  # clears it: the next call must not report it again
-            raise EngineError(f"CUDA: {name} failed: {self.error_name(status)} ({self._text('cudaGetErrorString', status)})")
+            raise EngineError(
+                f"CUDA: {name} failed: {self.error_name(status)} ({self._text('cudaGetErrorString', status)})"
+            )
 
     def error_name(self, status: int) -> str:
         return self._text("cudaGetErrorName", status)
@@ -244,22 +239,42 @@ def gigabytes(nbytes: int) -> str:
 
 
 def out_of_memory(what: str, needed: int, free: int, total: int, advice: str) -> str:
-    return (
-        f"{what} needs {gigabytes(needed)} of GPU memory, {gigabytes(free)} of {gigabytes(total)} are free; {advice}"
-    )
+    return f"{what} needs {gigabytes(needed)} of GPU memory, {gigabytes(free)} of {gigabytes(total)} are free; {advice}"
 
 
 def _load() -> tuple[ctypes.CDLL, str]:
-    """The newest CUDA runtime: where the loader finds it, or beside the Python packages that bring it."""
+    """The newest runtime that this machine's driver can serve; where it serves none, the newest, which will say why.
+
+    Several may be here: CUDA's own, and those that Python packages brought.
+    """
+    found = []
     for candidate in _candidates():
         try:
-            return ctypes.CDLL(candidate), candidate
+            library = ctypes.CDLL(candidate)
         except OSError:
             continue
+        if not _bind(library):
+            continue
+        if library.cudaGetDeviceCount(ctypes.byref(_I())) == 0:
+            return library, candidate
+        found.append((library, candidate))
+    if found:
+        return found[0]
     raise EngineError(
-        "CUDA's runtime library is not found here (libcudart.so.12 or .13); on a Jetson it comes with JetPack, "
-        "elsewhere install CUDA or pip install nvidia-cuda-runtime-cu12 (or nvidia-cuda-runtime for CUDA 13)"
+        "CUDA's runtime library is not found here (libcudart.so.12 or .13, CUDA 11.4 or newer); on a Jetson it comes "
+        "with JetPack, elsewhere install CUDA or pip install nvidia-cuda-runtime-cu12 (nvidia-cuda-runtime for CUDA 13)"
     )
+
+
+def _bind(library: ctypes.CDLL) -> bool:
+    """Declare the functions; False where the library lacks one, being older than CUDA 11.4."""
+    for name, arguments in FUNCTIONS.items():
+        function = getattr(library, name, None)
+        if function is None:
+            return False
+        function.argtypes = list(arguments)
+        function.restype = _S if name in ("cudaGetErrorName", "cudaGetErrorString") else _I
+    return True
 
 
 def _candidates() -> Iterator[str]:

@@ -154,5 +154,10 @@ class DeviceKVCache(KVCache):
         token = dim * item_size(source.dtype)
         pitch = self.capacity * token
         self._stream.copy_rows(
-            target.pointer + target_start * token, pitch, source.pointer + start * token, pitch, count * token, rows * heads
+            target.pointer + target_start * token,
+            pitch,
+            source.pointer + start * token,
+            pitch,
+            count * token,
+            rows * heads,
         )

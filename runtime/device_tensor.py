@@ -14,7 +14,7 @@ import numpy as np
 
 from edgevl.runtime.cuda_memory import CudaRuntime, DeviceBuffer, PinnedArray, Stream
 
-__all__ = ["ALIGNMENT", "DeviceTensor", "Rows", "Staging", "item_size", "join_rows", "plan_offsets"]
+__all__ = ["ALIGNMENT", "DeviceTensor", "Rows", "Staging", "freeze", "item_size", "join_rows", "plan_offsets"]
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of the addresses it is given
 
@@ -98,6 +98,12 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
         offset += tensor.nbytes
     stream.synchronize()
     return DeviceTensor(memory, stream, tensors[0].dtype, (count, *tensors[0].shape[1:]))
+
+
+def freeze(rows: Rows) -> None:
+    """Make an array read-only; a device tensor is already."""
+    if isinstance(rows, np.ndarray):
+        rows.flags.writeable = False
 
 
 def plan_offsets(sizes: Mapping[str, int], alignment: int = ALIGNMENT) -> tuple[dict[str, int], int]:

@@ -14,6 +14,7 @@ from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
 
 __all__ = [
+    "DEFAULT_GPU",
     "ENGINES",
     "Engine",
     "EngineLimits",
@@ -46,6 +47,9 @@ class GpuOptions:
             raise InputError(f"GPU number is {self.device}, expected 0 or more")
         if self.memory is not None and self.memory < 1:
             raise InputError(f"GPU memory limit is {self.memory} bytes, expected at least 1")
+
+
+DEFAULT_GPU = GpuOptions()
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def open_engine(
     name: str = "auto",
     threads: int | None = None,
     notice: Callable[[str], None] | None = None,
-    gpu: GpuOptions = GpuOptions(),
+    gpu: GpuOptions = DEFAULT_GPU,
 ) -> Engine:
     """Open the engine `name` for `bundle`; `auto` takes TensorRT plans that fit this machine, then CUDA, then the CPU,
     and tells `notice` which it took and why not those before it.
@@ -160,9 +164,7 @@ def open_engine(
     return OrtEngine(bundle, threads=threads)
 
 
-def _first_usable(
-    bundle: Bundle, status: Mapping[str, EngineStatus], notice: Callable[[str], None] | None
-) -> str:
+def _first_usable(bundle: Bundle, status: Mapping[str, EngineStatus], notice: Callable[[str], None] | None) -> str:
     ordered = [status[name] for name in PREFERENCE]
     usable = [s for s in ordered if s.usable]
     if not usable:
@@ -204,7 +206,12 @@ def _ort_cuda(bundle: Bundle | None) -> str:
             f"onnxruntime {version} has {', '.join(providers)}; pip uninstall onnxruntime, then "
             "pip install 'edgevl[ort-gpu]' for CUDA"
         )
-    return f"onnxruntime {version} with CUDA on {_gpu()}"
+    from edgevl.runtime.ort_cuda_engine import provider_problem
+
+    gpu, problem = _gpu(), provider_problem()
+    if problem is not None:
+        raise EngineError(f"onnxruntime {version}: {problem}")
+    return f"onnxruntime {version} with CUDA on {gpu}"
 
 
 def _tensorrt(bundle: Bundle | None) -> str:

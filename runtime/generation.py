@@ -23,10 +23,9 @@ from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.chat import ChatSession
 from edgevl.runtime.decode_loop import DecodeLoop
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK, Decoder
-from edgevl.runtime.engine import Engine, open_engine
+from edgevl.runtime.engine import DEFAULT_GPU, Engine, GpuOptions, open_engine
 from edgevl.runtime.errors import CapacityError, EdgeVLError, InputError
 from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB, ImageCache
-from edgevl.runtime.kv_cache import KVCache
 from edgevl.runtime.mrope import position_ids
 from edgevl.runtime.prefix_cache import PrefixCache, token_identity
 from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, load_chat_template
@@ -130,6 +129,7 @@ class VisionLanguageModel:
         image_cache_mb: float = DEFAULT_IMAGE_CACHE_MB,
         prefix_cache_mb: float = 0,
         verify_hashes: bool = False,
+        gpu: GpuOptions = DEFAULT_GPU,
         notice: Callable[[str], None] | None = None,
     ) -> VisionLanguageModel:
         """Open a bundle folder on an engine.
@@ -144,12 +144,13 @@ class VisionLanguageModel:
                 and `generate_batch` then prefill only what no earlier request began with. 0 keeps none. It comes on
                 top of the KV cache of the request itself; a 2B model in float32 takes 57 kB a token.
             verify_hashes: check every file's sha256 first.
+            gpu: which GPU, and how it is used.
 
         Raises:
             BundleError, EngineError, InputError: see the classes.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes)
-        runner = open_engine(opened, engine, threads, notice)
+        runner = open_engine(opened, engine, threads, notice, gpu)
         try:
             return cls(opened, runner, capacity, prefill_chunk, image_cache_mb, prefix_cache_mb)
         except EdgeVLError:
@@ -220,8 +221,7 @@ class VisionLanguageModel:
 
     def decoder(self, batch: int = 1) -> Decoder:
         """A decoder loop over a fresh cache."""
-        cache = KVCache(self.engine.decoder.spec, self.capacity, batch)
-        return Decoder(self.engine, self.config, cache, self._chunk)
+        return Decoder(self.engine, self.config, self.engine.new_cache(self.capacity, batch), self._chunk)
 
     def prepare(self, messages: Sequence[dict[str, Any]], check_length: bool = True) -> PreparedPrompt:
         """Encode the pictures of `messages`, build the prompt and its positions.

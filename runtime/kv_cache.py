@@ -21,8 +21,8 @@ __all__ = ["CacheView", "KVCache", "check_capacity"]
 
 @dataclass(frozen=True)
 class CacheView:
-    """Contiguous rows of a cache, as the graph sees them: {past input name: [rows, kv_heads, capacity, d]}, numpy arrays
-    or, from a DeviceKVCache, device tensors."""
+    """Contiguous rows of a cache, as the graph sees them: {past input name: [rows, kv_heads, capacity, d]}, arrays or,
+    from a DeviceKVCache, device tensors."""
 
     buffers: dict[str, Any]
 

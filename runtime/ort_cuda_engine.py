@@ -8,7 +8,11 @@ number of rows and set of cache buffers. The providers' options are those of onn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import ctypes
+import io
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +20,24 @@ import numpy as np
 import onnxruntime as ort
 
 from edgevl.runtime.bundle import Bundle
-from edgevl.runtime.cuda_memory import CudaRuntime, Stream
+from edgevl.runtime.cuda_memory import CudaRuntime, Stream, gigabytes
 from edgevl.runtime.device_cache import BufferPool, DeviceKVCache
 from edgevl.runtime.device_tensor import DeviceTensor, Rows, Staging
-from edgevl.runtime.engine import EngineLimits, GpuOptions
+from edgevl.runtime.engine import DEFAULT_GPU, EngineLimits, GpuOptions
 from edgevl.runtime.errors import EngineError
 from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView
 from edgevl.runtime.ort_engine import check_signature, check_version
 
-__all__ = ["GraphNumbers", "OrtCudaEngine", "OrtCudaGraph", "check_providers", "cuda_session", "output_shape"]
+__all__ = [
+    "GraphNumbers",
+    "OrtCudaEngine",
+    "OrtCudaGraph",
+    "check_providers",
+    "cuda_session",
+    "output_shape",
+    "provider_problem",
+]
 
 PROVIDER = "CUDAExecutionProvider"
 _ON_CPU = ("total_sequence_length",)  # GroupQueryAttention reads it on the host
@@ -52,8 +64,10 @@ def cuda_session(path: Path, options: GpuOptions, capture: bool) -> ort.Inferenc
     }
     if options.memory is not None:
         provider["gpu_mem_limit"] = str(options.memory)
-    if hasattr(ort, "preload_dlls"):
-        ort.preload_dlls(directory="")  # CUDA and cuDNN out of the nvidia-* packages, where they are installed
+    missing = provider_problem()
+    if missing is not None:
+        raise EngineError(f"{path}: onnxruntime {ort.__version__} cannot run it on CUDA: {missing}")
+    ort.set_default_logger_severity(4)
     try:
         session = ort.InferenceSession(str(path), settings, providers=[(PROVIDER, provider)])
     except Exception as e:  # onnxruntime raises its own classes, undocumented
@@ -62,24 +76,42 @@ def cuda_session(path: Path, options: GpuOptions, capture: bool) -> ort.Inferenc
     return session
 
 
-def check_providers(path: Path, got: list[str]) -> None:
+def provider_problem() -> str | None:
+    """Why ONNX Runtime's CUDA provider cannot be loaded here (which library is missing), or None where it can."""
+    folder = Path(ort.__file__).parent / "capi"
+    if not (folder / "libonnxruntime_providers_cuda.so").exists():
+        if sys.platform == "win32":
+            return None  # other names; the session will tell
+        return "this onnxruntime has no CUDA provider; pip install 'edgevl[ort-gpu]' in its place"
+    if hasattr(ort, "preload_dlls"):  # CUDA and cuDNN out of the nvidia-* packages, where they are installed
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls(directory="")
+    try:
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
+    except OSError as e:
+        return (
+            f"its CUDA provider does not load: {e}; install the CUDA and cuDNN that it was built for "
+            "(pip install 'onnxruntime-gpu[cuda,cudnn]'; on a Jetson the wheel made for your JetPack)"
+        )
+    return None
+
+
+def check_providers(path: Path, got: Sequence[str]) -> None:
     """Raises EngineError where a session is not on CUDA: ONNX Runtime falls back to the CPU without raising."""
     if not got or got[0] != PROVIDER:
         raise EngineError(
-            f"{path}: asked for {PROVIDER}, got {', '.join(got)}: onnxruntime {ort.__version__} could not load CUDA here "
-            "(driver, CUDA or cuDNN missing or of another version); `edgevl doctor` says more, or use --engine ort-cpu"
+            f"{path}: asked for {PROVIDER}, got {', '.join(got)}: onnxruntime {ort.__version__} could not use CUDA here; "
+            "`edgevl doctor` says more, or run with --engine ort-cpu"
         )
 
 
 def _explain(path: Path, reason: str, options: GpuOptions) -> str:
     head = f"{path}: onnxruntime {ort.__version__} cannot run it on CUDA: "
     if "fallback to CPU EP has been explicitly disabled" in reason:
-        return (
-            f"{head}the CUDA provider did not load here, or lacks an operator (driver, CUDA or cuDNN missing or of "
-            "another version); `edgevl doctor` says more, or use --engine ort-cpu"
-        )
+        return f"{head}the provider did not start or lacks an operator; `edgevl doctor` says more, or use ort-cpu"
     if "Failed to allocate memory" in reason or "out of memory" in reason:
-        limit = "" if options.memory is None else f" (the limit is {options.memory / 1e9:.2f} GB)"
+        limit = "" if options.memory is None else f" (the limit is {gigabytes(options.memory)})"
         return f"{head}not enough GPU memory{limit}: {reason[:200]}"
     return f"{head}{reason[:300]}"
 
@@ -133,7 +165,9 @@ class OrtCudaGraph:
     def run(self, feeds: Mapping[str, Rows], cache: CacheView | None = None) -> dict[str, Any]:
         """Run once. `image_embeds` may be a DeviceTensor. Outputs in `keep` are DeviceTensors, the others numpy."""
         wanted = np.size(feeds["logits_rows"]) if "logits_rows" in feeds else None
-        if wanted == 0:  # a chunk in the middle of a prompt: one row is computed and dropped, kernels see no empty tensor
+        if (
+            wanted == 0
+        ):  # a chunk in the middle of a prompt: one row is computed and dropped, kernels see no empty tensor
             feeds = {**feeds, "logits_rows": np.zeros(1, np.int64)}
         number = self._graph_number(feeds, cache)
         if number is not None and cache is not None:
@@ -153,7 +187,9 @@ class OrtCudaGraph:
         try:
             self._session.run_with_iobinding(binding, options)
         except Exception as e:
-            raise EngineError(f"graph {self.spec.name!r}: onnxruntime failed: {' '.join(str(e).split())[:300]}") from None
+            raise EngineError(
+                f"graph {self.spec.name!r}: onnxruntime failed: {' '.join(str(e).split())[:300]}"
+            ) from None
         found: dict[str, Any] = {}
         for name, tensor in results.items():
             found[name] = tensor if name in self._keep else tensor.numpy()
@@ -231,7 +267,7 @@ class OrtCudaEngine:
 
     name = "ort-cuda"
 
-    def __init__(self, bundle: Bundle, options: GpuOptions = GpuOptions()) -> None:
+    def __init__(self, bundle: Bundle, options: GpuOptions = DEFAULT_GPU) -> None:
         check_version(bundle)
         self._cuda = CudaRuntime(options.device)
         self._stream = self._cuda.stream()

@@ -30,9 +30,7 @@ def choose_plans(
     return None, reasons
 
 
-def _reason(
-    bundle: Bundle, plans: PlanSet, versions: Mapping[str, str], capability: tuple[int, int]
-) -> str | None:
+def _reason(bundle: Bundle, plans: PlanSet, versions: Mapping[str, str], capability: tuple[int, int]) -> str | None:
     version = versions.get(plans.flavour)
     if version is None:
         here = ", ".join(f"{flavour} {v}" for flavour, v in versions.items()) or "neither TensorRT nor TensorRT-RTX"

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from edgevl.runtime.config import ModelConfig
+from edgevl.runtime.device_tensor import Rows, freeze, join_rows
 from edgevl.runtime.engine import GraphRunner
 from edgevl.runtime.errors import EngineError, InputError
 from edgevl.runtime.image_cache import ImageCache, cached_rows, content_key, join_keys, picture_key
@@ -37,11 +38,12 @@ _OPTIONS = ("min_pixels", "max_pixels")
 class EncodedImage:
     """A picture (or video) after the vision encoder; may stand for the picture in any later message.
 
-    `embeds` float32 [grid.tokens, hidden], read-only; sizes are (width, height) in pixels; `key` identifies the
-    content; `cached`: the encoder did not run for it (the image cache had it, or it was encoded before).
+    `embeds` float32 [grid.tokens, hidden], read-only, or a tensor on the engine's device; sizes are (width, height) in
+    pixels; `key` identifies the content; `cached`: the encoder did not run for it (the image cache had it, or it was
+    encoded before).
     """
 
-    embeds: np.ndarray
+    embeds: Rows
     grid: VisionGrid
     original_size: tuple[int, int]
     resized_size: tuple[int, int]
@@ -92,7 +94,7 @@ class VisionStage:
             self.cache.put(key, embeds)
         else:
             done = time.perf_counter()
-        embeds.flags.writeable = False
+        freeze(embeds)
         grid = VisionGrid(1, height // config.patch_size, width // config.patch_size)
         times = {"preprocess_s": done - started, "vision_s": time.perf_counter() - done}
         return EncodedImage(embeds, grid, picture.size, (width, height), key, **times, cached=cached)
@@ -105,7 +107,7 @@ class VisionStage:
         groups = processed.pixel_values.reshape(processed.grid.t, processed.grid.h * processed.grid.w, -1)
         keys = [content_key(group, "frames", processed.grid.h, processed.grid.w) for group in groups]
         embeds, cached = self._run_groups(processed, groups, keys)
-        embeds.flags.writeable = False
+        freeze(embeds)
         return EncodedImage(
             embeds=embeds,
             grid=processed.grid,
@@ -117,7 +119,7 @@ class VisionStage:
             cached=cached == len(keys),
         )
 
-    def _run_groups(self, processed: ProcessedImage, groups: np.ndarray, keys: Sequence[str]) -> tuple[np.ndarray, int]:
+    def _run_groups(self, processed: ProcessedImage, groups: np.ndarray, keys: Sequence[str]) -> tuple[Rows, int]:
         """Embeddings of a video, and how many of its frame groups the cache had. One that does not fit the cache
         whole is kept out of it: going round, it would drop every group before it is asked for again."""
         grid = processed.grid
@@ -129,7 +131,7 @@ class VisionStage:
             part = VisionGrid(len(indices), grid.h, grid.w)
             chosen = groups if len(indices) == len(groups) else groups[indices]
             embeds = self.run(replace(processed, pixel_values=chosen.reshape(part.patches, -1), grid=part))
-            return embeds.reshape(len(indices), tokens // grid.t, -1)
+            return np.asarray(embeds).reshape(len(indices), tokens // grid.t, -1)
 
         return cached_rows(self.cache, keys, encode)
 
@@ -137,8 +139,8 @@ class VisionStage:
         """Pixels of one picture or video, as the vision encoder wants them."""
         return preprocess_vision(item, self._processor)
 
-    def run(self, processed: ProcessedImage) -> np.ndarray:
-        """Embeddings float32 [tokens, hidden] of preprocessed pixels."""
+    def run(self, processed: ProcessedImage) -> Rows:
+        """Embeddings [tokens, hidden] of preprocessed pixels: float32, or a tensor on the engine's device."""
         grid, vision = processed.grid, self._config.vision
         cos, sin = vision_rotary_rows(grid.h, grid.w, vision.spatial_merge_size, vision.head_dim)
         per_frame = grid.h * grid.w
@@ -152,8 +154,11 @@ class VisionStage:
                 "rotary_sin": np.broadcast_to(sin, (len(frames), *sin.shape)),
             }
             parts.append(self._graph.run({"patches": frames, **rows})["image_embeds"])
-        embeds = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.float32, copy=False)
-        if not np.isfinite(embeds).all():
+        embeds = join_rows(parts)
+        if isinstance(embeds, np.ndarray):
+            embeds = embeds.astype(np.float32, copy=False)
+        # Of a tensor on a device this is a copy; the tensor itself stays there.
+        if not np.isfinite(np.asarray(embeds)).all():
             raise EngineError(
                 "the vision encoder gave NaN or infinity; float16 overflows on some pictures: "
                 "export with --vision-precision fp32 or int8"
