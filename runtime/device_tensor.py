@@ -131,8 +131,11 @@ class Staging:
         self._used = 0
 
     @property
-    def pointer(self) -> int:
-        return 0 if self._device is None else self._device.pointer
+    def addresses(self) -> tuple[int, int]:
+        """Of the block on the device and of that on the host; they change when a larger one is needed."""
+        if self._device is None or self._host is None:
+            return 0, 0
+        return self._device.pointer, self._host.pointer
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
         """Lay the arrays out in the pinned block; returns their addresses on the device. `send` copies them."""

@@ -101,7 +101,7 @@ def check_providers(path: Path, got: Sequence[str]) -> None:
     """Raises EngineError where a session is not on CUDA: ONNX Runtime falls back to the CPU without raising."""
     if not got or got[0] != PROVIDER:
         raise EngineError(
-            f"{path}: asked for {PROVIDER}, got {', '.join(got)}: onnxruntime {ort.__version__} could not use CUDA here; "
+            f"{path}: asked for {PROVIDER}, got {', '.join(got)}: onnxruntime {ort.__version__} could not use CUDA; "
             "`edgevl doctor` says more, or run with --engine ort-cpu"
         )
 
