@@ -143,7 +143,7 @@ def _table(report: BuildReport) -> str:
     )
     capabilities = ", ".join(f"{major}.{minor}" for major, minor in plans.capabilities)
     limits = (
-        f"KV cache of {plans.capacity:,} tokens, rows up to {plans.max_rows}, prefill up to {plans.max_prefill:,} tokens, "
+        f"KV cache of {plans.capacity:,} tokens, rows up to {plans.max_rows}, prefill up to {plans.max_prefill:,}, "
         f"frames of {plans.min_patches:,} to {plans.max_patches:,} patches"
     )
     peak = f"peak memory {report.peak_rss_bytes / 1e6:,.0f} MB"

@@ -32,6 +32,10 @@ class OrtGraph:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # A graph written for TensorRT runs here too, for its numbers; it takes a mask instead of lengths.
+        self._for_tensorrt = is_tensorrt_spec(spec)
+        if self._for_tensorrt:  # as it stands: fused, ONNX Runtime would round activations in front of int4 weights
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[PROVIDER])
         except Exception as e:  # onnxruntime raises its own classes, undocumented
@@ -50,8 +54,6 @@ class OrtGraph:
         self._appends = spec.cache_update == APPENDED
         presents = set() if self._appends else set(self._cached.values())
         self._outputs = [t.name for t in spec.outputs if t.name not in presents]
-        # A graph written for TensorRT runs here too, for its numbers; it takes a mask instead of lengths.
-        self._for_tensorrt = is_tensorrt_spec(spec)
 
     def run(self, feeds: Mapping[str, np.ndarray], cache: CacheView | None = None) -> dict[str, np.ndarray]:
         wanted, lengths = feeds.get("logits_rows"), feeds.get("seqlens_k")
