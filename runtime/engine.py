@@ -197,8 +197,10 @@ def _ort_cpu(bundle: Bundle | None) -> str:
 def _ort_cuda(bundle: Bundle | None) -> str:
     if bundle is not None and bundle.target != "cuda":
         raise EngineError(f"the bundle was exported for {bundle.target!r}; export with --target cuda")
-    version = _onnxruntime()
+    gpu, version = _gpu(), _onnxruntime()
     import onnxruntime
+
+    from edgevl.runtime.ort_cuda_engine import provider_problem
 
     providers = onnxruntime.get_available_providers()
     if "CUDAExecutionProvider" not in providers:
@@ -206,9 +208,7 @@ def _ort_cuda(bundle: Bundle | None) -> str:
             f"onnxruntime {version} has {', '.join(providers)}; pip uninstall onnxruntime, then "
             "pip install 'edgevl[ort-gpu]' for CUDA"
         )
-    from edgevl.runtime.ort_cuda_engine import provider_problem
-
-    gpu, problem = _gpu(), provider_problem()
+    problem = provider_problem()
     if problem is not None:
         raise EngineError(f"onnxruntime {version}: {problem}")
     return f"onnxruntime {version} with CUDA on {gpu}"

@@ -6,7 +6,7 @@ import ctypes
 import sys
 from dataclasses import dataclass
 
-__all__ = ["Gpu", "current_gpu"]
+__all__ = ["Gpu", "current_gpu", "driver_cuda_version"]
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR / _MINOR, cuda.h
 
@@ -36,6 +36,14 @@ def current_gpu(number: int = 0) -> Gpu | None:
     if failed:
         return None
     return Gpu(name.value.decode(errors="replace"), (major.value, minor.value), memory.value)
+
+
+def driver_cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA (major, minor) that the driver serves; None without one."""
+    cuda, value = _driver(), ctypes.c_int()
+    if cuda is None or cuda.cuDriverGetVersion(ctypes.byref(value)):
+        return None
+    return value.value // 1000, value.value % 1000 // 10
 
 
 def _driver() -> ctypes.CDLL | None:
