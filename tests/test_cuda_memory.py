@@ -65,7 +65,11 @@ def test_offsets_are_aligned_and_apart() -> None:
 def test_staging_puts_every_array_at_its_address() -> None:
     cuda = HostCuda()
     staging = Staging(cuda, cuda.stream())
-    arrays = {"ids": np.arange(7, dtype=np.int64)[None], "rows": np.ones((3, 5), np.float16).T, "none": np.zeros((0, 4))}
+    arrays = {
+        "ids": np.arange(7, dtype=np.int64)[None],
+        "rows": np.ones((3, 5), np.float16).T,
+        "none": np.zeros((0, 4)),
+    }
     places = staging.write(arrays)
     staging.send()
     for name, array in arrays.items():
@@ -120,7 +124,9 @@ def test_joined_rows_stay_on_the_device_where_they_can() -> None:
 @pytest.fixture(scope="module", params=["lengths", "mask"])
 def spec(request: pytest.FixtureRequest) -> GraphSpec:
     config = ModelConfig.from_dict(_config())
-    return decoder_spec(config, "float16") if request.param == "lengths" else tensorrt_decoder_spec(config, "float16", 32)
+    return (
+        decoder_spec(config, "float16") if request.param == "lengths" else tensorrt_decoder_spec(config, "float16", 32)
+    )
 
 
 def _config() -> dict:
@@ -219,4 +225,3 @@ def test_a_fixed_capacity_is_held(spec: GraphSpec) -> None:
     stream = cuda.stream()
     with pytest.raises(CapacityError, match="exactly 32"):
         DeviceKVCache(spec, 16, 1, BufferPool(cuda, stream), stream)
-
