@@ -57,7 +57,7 @@ def _attention(node: ir.Node, graph: ir.Graph) -> Iterator[str]:
     inputs = [*node.inputs, *[None] * (7 - len(node.inputs))]
     query, mask = inputs[0], inputs[3]
     if "scale" not in node.attributes:
-        yield "no scale, which adds moves over the cache"
+        yield "no explicit scale, which may add moves over the cache"
     if _int(node, "is_causal"):
         yield "is_causal counts from the upper left: wrong for one token over a longer cache"
     if inputs[6] is not None:
@@ -77,7 +77,7 @@ def _attention(node: ir.Node, graph: ir.Graph) -> Iterator[str]:
 
 def _dequantize(node: ir.Node, graph: ir.Graph) -> Iterator[str]:
     codes, scale, *zero = node.inputs
-    dtype = codes.dtype if codes is not None else None
+    dtype = None if codes is None else codes.dtype if codes.const_value is None else codes.const_value.dtype
     if dtype == ir.DataType.UINT4:
         yield "UINT4, which TensorRT does not parse"
     if zero and zero[0] is not None and zero[0].const_value is not None and zero[0].const_value.numpy().any():

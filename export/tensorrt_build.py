@@ -251,8 +251,8 @@ class _Build:
             raise EngineError(f"{graph}: {self._library.name} cannot read it: {_parse_error(parser)}")
         config = builder.create_builder_config()
         self._configure(trt, config, network)
-        for profile in profiles:
-            config.add_optimization_profile(_trt_profile(builder, profile))
+        for ranges in profiles:
+            config.add_optimization_profile(_trt_profile(builder, ranges))
         with _interruptible() as cancelled:
             monitor = None if self._progress is None else progress_monitor(self._library, self._progress, cancelled)
             if monitor is not None:
@@ -279,13 +279,17 @@ class _Build:
                 raise EngineError(f"{self._library.name} has no {flag.lower().replace('_', ' ')}; leave it away")
             if wanted:
                 config.set_flag(getattr(trt.BuilderFlag, flag))
-        if self._named:
-            config.num_compute_capabilities = len(self._named)
-            for i, name in enumerate(self._named):
-                config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
-        elif hasattr(trt, "ComputeCapability"):
-            config.num_compute_capabilities = 1
-            config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
+        # TensorRT-RTX only; standard TensorRT builds for the GPU here, and `_device` let nothing else through.
+        known = getattr(trt, "ComputeCapability", None)
+        if (
+            known is not None
+            and hasattr(config, "num_compute_capabilities")
+            and hasattr(config, "set_compute_capability")
+        ):
+            names = self._named or ["CURRENT"]
+            config.num_compute_capabilities = len(names)
+            for i, name in enumerate(names):
+                config.set_compute_capability(getattr(known, name), i)
         self._load_timing(config)
 
     def _load_timing(self, config: Any) -> None:
@@ -316,11 +320,11 @@ class _Build:
             partial.unlink(missing_ok=True)
 
 
-def _trt_profile(builder: Any, profile: PlanProfile) -> Any:
-    made = builder.create_optimization_profile()
-    for name, shape in profile.shapes.items():
-        made.set_shape(name, shape.min, shape.opt, shape.max)
-    return made
+def _trt_profile(builder: Any, ranges: PlanProfile) -> Any:
+    profile = builder.create_optimization_profile()
+    for name, shape in ranges.shapes.items():
+        profile.set_shape(name, shape.min, shape.opt, shape.max)
+    return profile
 
 
 def _parse_error(parser: Any) -> str:

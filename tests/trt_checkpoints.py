@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,12 +18,12 @@ from edgevl.runtime.config import ModelConfig
 VOCABULARY = 512  # the demo tokenizer's
 
 
-def shaped_checkpoint(folder: Path, shape: str, layers: int = 1, vision_depth: int = 1) -> Path:
-    """A checkpoint in bfloat16 of the widths of `shape` ("2b", "7b", "72b"), random weights."""
+def shaped_checkpoint(folder: Path, shape: str, layers: int = 1, vision_depth: int = 1, **fields: Any) -> Path:
+    """A checkpoint in bfloat16 of the widths of `shape` ("2b", "7b", "72b"), random weights; `fields` of its config."""
     folder.mkdir(parents=True)
     config = released_config(shape, layers, vision_depth)
     demo = json.loads((DEMO / "config.json").read_text())
-    config.update({k: v for k, v in demo.items() if k.endswith("token_id")}, vocab_size=VOCABULARY)
+    config.update({k: v for k, v in demo.items() if k.endswith("token_id")}, vocab_size=VOCABULARY, **fields)
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):
         shutil.copy(DEMO / name, folder / name)
