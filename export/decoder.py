@@ -14,8 +14,7 @@ __all__ = ["write_decoder"]
 
 def write_decoder(write: Dialect, config: TextConfig) -> None:
     """Write the whole decoder: input_ids and image_embeds to the logits of the wanted rows."""
-    x = write.embedding(write.input("input_ids"), "model.embed_tokens")
-    x = write.replace_rows(x, write.input("image_slots"), write.input("image_embeds"))
+    x = write.place_images(write.embedding(write.input("input_ids"), "model.embed_tokens"))
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         h = write.rms_norm(x, f"{prefix}.input_layernorm", config.rms_norm_eps)

@@ -23,8 +23,8 @@ class Dialect(Protocol):
         """ids [B, S] -> [B, S, hidden]."""
         ...
 
-    def replace_rows(self, x: ir.Value, slots: ir.Value, rows: ir.Value) -> ir.Value:
-        """x [B, S, H] with the flat positions `slots` [n] taken by `rows` [n, H]."""
+    def place_images(self, x: ir.Value) -> ir.Value:
+        """x [B, S, H] with the graph's image_embeds at the places that another input of its spec names."""
         ...
 
     def take_rows(self, x: ir.Value, rows: ir.Value) -> ir.Value:

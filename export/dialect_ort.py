@@ -32,10 +32,12 @@ _TINY = np.array(1e-30, np.float32)  # an all-zero row divided by its largest en
 class OrtDialect:
     """Implements edgevl.export.dialect.Dialect for one graph."""
 
+    opset, ir_version = OPSET, IR_VERSION
+
     def __init__(
         self, spec: GraphSpec, config: ModelConfig, checkpoint: Checkpoint, data: DataFile, precision: Precision
     ) -> None:
-        self.builder = GraphBuilder(spec, data, OPSET, IR_VERSION)
+        self.builder = GraphBuilder(spec, data, self.opset, self.ir_version)
         self._config = config
         self._precision = precision
         self._weights = WeightStore(checkpoint, self.builder, precision.dtype)
@@ -75,7 +77,8 @@ class OrtDialect:
         ends = [self.builder.constant(f"int64_{i}", np.array([i], np.int64)) for i in (0, packed.shape[1], 2)]
         return self.builder.op("Slice", [x, *ends])
 
-    def replace_rows(self, x: ir.Value, slots: ir.Value, rows: ir.Value) -> ir.Value:
+    def place_images(self, x: ir.Value) -> ir.Value:
+        slots, rows = self.input("image_slots"), self.input("image_embeds")
         last = self.builder.constant("axis_last", np.array([-1], np.int64))
         flat = self._flat(x, self._config.text.hidden_size)
         index = self.builder.op("Unsqueeze", [slots, last])

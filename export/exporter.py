@@ -16,15 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgevl.export.decoder import write_decoder
-from edgevl.export.dialect_ort import LEAST_ONNXRUNTIME, OrtDialect
 from edgevl.export.graph import DataFile
-from edgevl.export.precision import DECODER_PRECISIONS, Precision, decoder_precision, vision_precision
+from edgevl.export.precision import Precision
+from edgevl.export.targets import TARGETS, Target, find_target
 from edgevl.export.vision_encoder import write_vision_encoder
 from edgevl.runtime.bundle import MANIFEST, Bundle, FileEntry, GraphEntry, file_sha256
 from edgevl.runtime.checkpoint import Checkpoint, expected_shapes
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, InputError
-from edgevl.runtime.graph_spec import decoder_spec, vision_spec
 from edgevl.runtime.image_processing import ImageProcessorConfig
 from edgevl.runtime.mrope import MROPE_RULES
 from edgevl.runtime.prompt import load_chat_template
@@ -33,18 +32,9 @@ from edgevl.runtime.tokenizer import Tokenizer
 
 __all__ = ["PRECISIONS", "TARGETS", "ExportOptions", "ExportReport", "PartReport", "export_bundle"]
 
-TARGETS = ("cpu",)
-# overall name -> (vision, decoder)
-PRECISIONS = {
-    "fp32": ("fp32", "fp32"),
-    "fp16": ("fp16", "fp16"),
-    "int8": ("int8", "int8"),
-    "int8-weights": ("int8", "int8-weights"),
-    "int4": ("int8", "int4"),
-    "hybrid": ("int8", "hybrid"),
-}
+PRECISIONS = TARGETS["cpu"].precisions  # overall name -> (vision, decoder)
 DEFAULT_PRECISION = "int4"
-DEFAULT_MAX_TOKENS = 8192
+DEFAULT_MAX_TOKENS = TARGETS["cpu"].default_max_tokens
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class ExportOptions:
     """What to export; `vision_precision` and `decoder_precision` default to what `precision` implies.
 
     `precision` defaults to int4, and to what the checkpoint is where it is quantized. `block_size`, `symmetric` and
-    `head_bits` are for layers that are rounded here.
+    `head_bits` are for layers that are rounded here; `head_bits` and `max_tokens` default to what the target has.
     """
 
     precision: str | None = None
@@ -60,7 +50,7 @@ class ExportOptions:
     decoder_precision: str | None = None
     block_size: int = 128
     symmetric: bool = True
-    head_bits: int = 8
+    head_bits: int | None = None
     max_tokens: int | None = None
     mrope_rule: str = "released"
     target: str = "cpu"
@@ -87,6 +77,7 @@ Finish = Callable[[Path, Bundle], dict[str, FileEntry]]
 
 @dataclass(frozen=True)
 class _Plan:
+    target: Target
     vision: Precision
     decoder: tuple[Precision, ...]
     max_tokens: int
@@ -129,39 +120,42 @@ def export_bundle(
 
 
 def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:
-    if options.target not in TARGETS:
-        raise InputError(f"target {options.target!r} is not supported by this version; expected {', '.join(TARGETS)}")
-    if options.precision is not None and options.precision not in PRECISIONS:
-        raise InputError(f"precision {options.precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    target = find_target(options.target)
+    if options.precision is not None and options.precision not in target.precisions:
+        raise InputError(
+            f"precision {options.precision!r} is unknown for target {target.name!r}; expected one of "
+            f"{', '.join(target.precisions)}"
+        )
     if options.mrope_rule not in MROPE_RULES:
         raise InputError(f"M-RoPE rule {options.mrope_rule!r} is unknown; expected one of {', '.join(MROPE_RULES)}")
-    vision, decoder = _precisions(checkpoint, options)
+    vision, decoder = _precisions(checkpoint, options, target)
     longest = checkpoint.config.text.max_position_embeddings
-    max_tokens = min(DEFAULT_MAX_TOKENS, longest) if options.max_tokens is None else options.max_tokens
+    max_tokens = min(target.default_max_tokens, longest) if options.max_tokens is None else options.max_tokens
     if not 1 <= max_tokens <= longest:
         raise InputError(f"max tokens is {max_tokens}, expected 1 to {longest} (the model's max_position_embeddings)")
     return _Plan(
-        vision_precision(vision),
-        decoder_precision(decoder, options.block_size, options.symmetric, options.head_bits),
+        target,
+        target.vision_precision(vision),
+        target.decoder_precision(decoder, options.block_size, options.symmetric, options.head_bits),
         max_tokens,
     )
 
 
-def _precisions(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
+def _precisions(checkpoint: Checkpoint, options: ExportOptions, target: Target) -> tuple[str, str]:
     """(vision, decoder) by name, as asked for; a quantized checkpoint brings its own decoder."""
-    vision, decoder = PRECISIONS[options.precision or DEFAULT_PRECISION]
+    vision, decoder = target.precisions[options.precision or DEFAULT_PRECISION]
     vision = options.vision_precision or vision
     decoder = options.decoder_precision or decoder
     if checkpoint.quantization is None:
         return vision, decoder
     own = own_precision(checkpoint.layers.values())
-    if (options.precision or options.decoder_precision) and decoder in DECODER_PRECISIONS and decoder != own:
+    if (options.precision or options.decoder_precision) and decoder in target.decoder_precisions and decoder != own:
         raise InputError(
             f"{checkpoint.folder}: decoder precision {decoder!r} was asked for, but the decoder of this "
             f"{checkpoint.quantization.method} checkpoint is {own!r}; leave the precision away, or export the "
             "unquantized checkpoint"
         )
-    return vision, own if decoder in DECODER_PRECISIONS else decoder
+    return vision, own if decoder in target.decoder_precisions else decoder
 
 
 def _write(
@@ -179,8 +173,8 @@ def _write(
     graphs: dict[str, GraphEntry] = {}
     files: dict[str, FileEntry] = {}
     with DataFile(folder / "vision.onnx.data", on_tensor) as data:
-        spec = vision_spec(config, plan.vision.dtype)
-        dialect = OrtDialect(spec, config, checkpoint, data, plan.vision)
+        spec = plan.target.vision_spec(config, plan.vision, plan.decoder[0])
+        dialect = plan.target.dialect(spec, config, checkpoint, data, plan.vision)
         write_vision_encoder(dialect, config.vision)
         dialect.builder.save(folder / "vision.onnx")
         graphs["vision"] = GraphEntry("vision.onnx", plan.vision.name, spec)
@@ -189,8 +183,8 @@ def _write(
     with DataFile(folder / "decoder.onnx.data", on_tensor) as data:
         roles = ("prefill", "decoder") if len(plan.decoder) == 2 else ("decoder",)
         for role, precision in zip(roles, plan.decoder):
-            spec = decoder_spec(config, precision.dtype, role)
-            dialect = OrtDialect(spec, config, checkpoint, data, precision)
+            spec = plan.target.decoder_spec(config, precision, role, plan.max_tokens)
+            dialect = plan.target.dialect(spec, config, checkpoint, data, precision)
             write_decoder(dialect, config.text)
             dialect.builder.save(folder / f"{role}.onnx")
             graphs[role] = GraphEntry(f"{role}.onnx", precision.name, spec)
@@ -207,7 +201,7 @@ def _write(
         target=options.target,
         precision=_precision_name(plan),
         max_tokens=plan.max_tokens,
-        requires={"onnxruntime": LEAST_ONNXRUNTIME},
+        requires=plan.target.engines(plan.vision, *plan.decoder),
         graphs=graphs,
         files=files,
         edgevl_version=importlib.metadata.version("edgevl"),
@@ -291,7 +285,7 @@ def _expected_bytes(checkpoint: Checkpoint, plan: _Plan) -> int:
         for p in precisions:
             form = p.table if is_table else p.linear
             if len(shape) < 2 or form.kind == "float" or "patch_embed" in name:
-                width.add(2.0 if p.dtype == "float16" else 4.0)
+                width.add(4.0 if p.dtype == "float32" else 2.0)
             elif form.kind == "w8a8":
                 width.add(1.0)
             else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -20,6 +21,7 @@ from edgevl.runtime.graph_spec import GraphSpec
 __all__ = ["MICROSOFT", "DataFile", "GraphBuilder"]
 
 MICROSOFT = "com.microsoft"
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # importing it is what makes np.dtype("bfloat16") known
 _PAGE = 4096  # a tensor that starts on a page can be mapped by the engine instead of copied
 _LARGE = 1 << 20
 
@@ -48,10 +50,20 @@ class DataFile:
         return self._tensors.get(key)
 
     def append(
-        self, key: str, dtype: np.dtype[Any], shape: Sequence[int], chunks: Iterable[np.ndarray]
+        self,
+        key: str,
+        dtype: np.dtype[Any],
+        shape: Sequence[int],
+        chunks: Iterable[np.ndarray],
+        packed: ir.DataType | None = None,
     ) -> ir.ExternalTensor:
-        """Write the chunks, which together are the C-ordered tensor `key`, and return a reference to them."""
-        expected = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        """Write the chunks, which together are the C-ordered tensor `key`, and return a reference to them.
+
+        With `packed` (INT4) the chunks are the bytes that hold its elements, low bits first, and `shape` counts
+        elements.
+        """
+        element = packed or ir.DataType.from_numpy(dtype)
+        expected = -(-int(np.prod(shape, dtype=np.int64)) * element.bitwidth // 8)
         self._pad(_PAGE if expected >= _LARGE else 64)
         start = self._offset
         for chunk in chunks:
@@ -64,7 +76,7 @@ class DataFile:
             self.path.name,
             start,
             expected,
-            ir.DataType.from_numpy(dtype),
+            element,
             shape=ir.Shape(shape),
             name=key,
             base_dir=str(self.path.parent),
@@ -162,12 +174,13 @@ class GraphBuilder:
         dtype: np.dtype[Any] | type,
         shape: Sequence[int],
         chunks: Callable[[], Iterable[np.ndarray]],
+        packed: ir.DataType | None = None,
     ) -> ir.Value:
         """A tensor in the data file; `chunks` is called only if no graph has stored `key` before."""
         if key not in self._initializers:
             tensor = self.data.stored(key)
             if tensor is None:
-                tensor = self.data.append(key, np.dtype(dtype), shape, chunks())
+                tensor = self.data.append(key, np.dtype(dtype), shape, chunks(), packed)
             self._register(key, tensor)
         return self._initializers[key]
 

@@ -38,7 +38,7 @@ class BlockWeights:
     """A block-quantized matrix in MatMulNBits' layout; `shape` is [N, K], `blocks` the number of blocks along K."""
 
     codes: ir.Value  # uint8 [N, blocks, block_size × bits / 8]
-    scales: ir.Value  # float32 [N, blocks]
+    scales: ir.Value  # float32, or float16 in a graph of float16, [N, blocks]
     zero_points: ir.Value | None  # uint8 [N, ceil(blocks × bits / 8)]
     shape: tuple[int, int]
     blocks: int
@@ -146,19 +146,20 @@ class WeightStore:
         rows, columns = self.rows_of(names), self.columns_of(names[0])
         count = -(-columns // form.block_size)
         key = f"{merged_key(names)}.weight.int{form.bits}b{form.block_size}{'' if form.symmetric else 'z'}"
+        scale_dtype = np.dtype(np.float16) if self.dtype == np.float16 else np.dtype(np.float32)
         scales: list[np.ndarray] = []
         zeros: list[np.ndarray] = []
 
         def chunks() -> Iterator[np.ndarray]:
             for q in self._block_parts(names, form):
-                scales.append(q.scales)
+                scales.append(q.scales.astype(scale_dtype, copy=False))
                 if not form.symmetric:
                     zeros.append(explicit_zero_points(q))
                 yield pack_codes(q.codes, form.bits)
 
         width = form.block_size * form.bits // 8
         codes = self._builder.weight(key, np.uint8, (rows, count, width), chunks)
-        scale = self._builder.weight(f"{key}.scales", np.float32, (rows, count), lambda: scales)
+        scale = self._builder.weight(f"{key}.scales", scale_dtype, (rows, count), lambda: scales)
         zero = None
         if not form.symmetric:
             packed = -(-count * form.bits // 8)

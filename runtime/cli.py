@@ -20,6 +20,7 @@ __all__ = ["main"]
 # command -> (module, help line, extra that brings what it needs); the module is imported when the command is asked for
 _COMMANDS = {
     "export": ("edgevl.export.commands", "A checkpoint folder (or hub id) becomes a bundle.", "export"),
+    "build": ("edgevl.export.build_command", "TensorRT plans of a bundle, for this machine or named GPUs.", "export"),
     "quantize": ("edgevl.calibration.commands", "A checkpoint becomes a quantized checkpoint.", "host"),
     "run": ("edgevl.runtime.commands", "Answer one prompt about pictures.", "ort"),
     "chat": ("edgevl.runtime.commands", "A conversation at the terminal.", "ort"),

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.chat import ON_FULL
-from edgevl.runtime.engine import ENGINES, engine_status
+from edgevl.runtime.engine import ENGINES, GpuOptions, engine_status
 from edgevl.runtime.errors import EdgeVLError, InputError
 from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB
 from edgevl.runtime.results import Completion
@@ -54,6 +54,9 @@ def _engine_options(command: _Command) -> _Command:
         click.option(
             "--threads", type=int, metavar="N", help="Worker threads [default: the cores this process may use]."
         ),
+        click.option("--cuda-graph/--no-cuda-graph", default=None, help="Capture the decode step [TensorRT: yes]."),
+        click.option("--gpu-memory", type=click.IntRange(min=1), metavar="MB", help="Most GPU memory of ort-cuda."),
+        click.option("--gpu", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Which GPU."),
         click.option("--engine", default="auto", show_default=True, metavar="E", help=f"auto, {', '.join(ENGINES)}."),
     ):
         command = option(command)
@@ -100,7 +103,9 @@ def _open(bundle: str, options: dict[str, Any]) -> Any:
     from edgevl.runtime.generation import VisionLanguageModel
 
     chosen = {k: options[k] for k in _ENGINE}
-    return VisionLanguageModel.open(bundle, chosen.pop("engine"), notice=note, **chosen)
+    memory = options["gpu_memory"]
+    gpu = GpuOptions(options["gpu"], None if memory is None else memory * 1_000_000, options["cuda_graph"])
+    return VisionLanguageModel.open(bundle, chosen.pop("engine"), gpu=gpu, notice=note, **chosen)
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:

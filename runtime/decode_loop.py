@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgevl.runtime.decoding import Decoder
+from edgevl.runtime.device_tensor import join_rows
 from edgevl.runtime.lookup import PromptLookup
 from edgevl.runtime.prefix_cache import PrefixCache
 from edgevl.runtime.results import Piece
@@ -62,7 +63,7 @@ class DecodeLoop:
         rest = None
         if prompt.images:
             placeholders = int(np.isin(prompt.ids[: row.cached], self._placeholders).sum())
-            rest = np.concatenate([i.embeds for i in prompt.images])[placeholders:]
+            rest = join_rows([i.embeds for i in prompt.images])[placeholders:]
         logits = self._decoder.prefill(slot, prompt.ids[row.cached :], prompt.positions[:, row.cached :], rest)
         row.prefill_s = time.perf_counter() - began
         return row.accept(logits, room=self._room(slot))

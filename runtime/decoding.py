@@ -7,9 +7,12 @@ together, each at its own length.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from edgevl.runtime.config import ModelConfig
+from edgevl.runtime.device_tensor import Rows
 from edgevl.runtime.engine import Engine
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.kv_cache import CacheView, KVCache
@@ -32,17 +35,19 @@ class Decoder:
     ) -> None:
         if prefill_chunk < 1:
             raise InputError(f"prefill chunk is {prefill_chunk}, expected at least 1 token")
-        self._engine, self._config, self.cache, self._chunk = engine, config, cache, prefill_chunk
+        most = engine.limits.prefill
+        self._engine, self._config, self.cache = engine, config, cache
+        self._chunk = prefill_chunk if most is None else min(prefill_chunk, most)
         self._no_images = np.zeros((0, config.text.hidden_size), np.float32)
         self._placeholders = (config.tokens.image_token_id, config.tokens.video_token_id)
 
-    def prefill(self, row: int, ids: np.ndarray, positions: np.ndarray, embeds: np.ndarray | None = None) -> np.ndarray:
+    def prefill(self, row: int, ids: np.ndarray, positions: np.ndarray, embeds: Rows | None = None) -> np.ndarray:
         """Append a prompt (or the rest of one) to `row`.
 
         Args:
             ids: int64 [n].
             positions: int64 [3, n], t / h / w of every token.
-            embeds: float32 [m, hidden], one row per placeholder among `ids`, in order.
+            embeds: [m, hidden], float32 or on the engine's device, one row per placeholder among `ids`, in order.
 
         Returns:
             Logits float32 [vocab] of the last token.
@@ -112,7 +117,7 @@ class Decoder:
         """A decoder over an independent copy of the cache."""
         return Decoder(self._engine, self._config, self.cache.fork(), self._chunk)
 
-    def _feeds(self, ids: np.ndarray, positions: np.ndarray, past: np.ndarray) -> dict[str, np.ndarray]:
+    def _feeds(self, ids: np.ndarray, positions: np.ndarray, past: np.ndarray) -> dict[str, Any]:
         """ids [B, S], positions [3, B, S], past lengths [B] -> the inputs that prefill and decode share."""
         cos, sin = rotary_rows(positions, self._config.text)
         total = past + ids.shape[1]

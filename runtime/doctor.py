@@ -9,6 +9,8 @@ import platform
 from pathlib import Path
 
 from edgevl.runtime.engine import usable_cores
+from edgevl.runtime.gpu import current_gpu, driver_cuda_version
+from edgevl.runtime.jetson import jetson_facts
 
 __all__ = ["cpu_flags", "cpu_model", "machine", "peak_rss_bytes"]
 
@@ -32,6 +34,9 @@ _PACKAGES = (
     "jinja2",
     "onnxruntime",
     "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "tensorrt_rtx_cu13",
     "onnx-ir",
     "torch",
     "transformers",
@@ -67,12 +72,24 @@ def machine() -> dict[str, str]:
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    facts |= jetson_facts()
+    facts["gpu"] = _gpu()
     for package in _PACKAGES:
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return facts
+
+
+def _gpu() -> str:
+    """Name, compute capability, memory and the CUDA version of the driver; or that there is none."""
+    gpu = current_gpu()
+    if gpu is None:
+        return "none (no NVIDIA driver, or it has no device)"
+    version = driver_cuda_version()
+    driver = "" if version is None else f", driver for CUDA {version[0]}.{version[1]}"
+    return "{} (compute capability {}.{}), {:.1f} GiB{}".format(gpu.name, *gpu.capability, gpu.memory / 2**30, driver)
 
 
 def peak_rss_bytes() -> int:

@@ -6,18 +6,59 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
+from typing import Any, Protocol
 
 from edgevl.runtime.bundle import Bundle
-from edgevl.runtime.errors import EngineError
+from edgevl.runtime.errors import EdgeVLError, EngineError, InputError
 from edgevl.runtime.graph_spec import GraphSpec
-from edgevl.runtime.kv_cache import CacheView
+from edgevl.runtime.kv_cache import CacheView, KVCache
 
-__all__ = ["ENGINES", "Engine", "EngineStatus", "GraphRunner", "engine_status", "open_engine", "usable_cores"]
+__all__ = [
+    "DEFAULT_GPU",
+    "ENGINES",
+    "Engine",
+    "EngineLimits",
+    "EngineStatus",
+    "GpuOptions",
+    "GraphRunner",
+    "engine_status",
+    "open_engine",
+    "usable_cores",
+]
 
 ENGINES = ("ort-cpu", "ort-cuda", "tensorrt")
+PREFERENCE = ("tensorrt", "ort-cuda", "ort-cpu")  # of `auto`: the fastest first
+
+
+@dataclass(frozen=True)
+class GpuOptions:
+    """How a GPU is used.
+
+    device: its number. memory: bytes that ONNX Runtime's arena may take, all by default; TensorRT takes what its plans
+    need. cuda_graph: capture the decode step and replay it; None: TensorRT yes, ONNX Runtime no.
+    """
+
+    device: int = 0
+    memory: int | None = None
+    cuda_graph: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.device < 0:
+            raise InputError(f"GPU number is {self.device}, expected 0 or more")
+        if self.memory is not None and self.memory < 1:
+            raise InputError(f"GPU memory limit is {self.memory} bytes, expected at least 1")
+
+
+DEFAULT_GPU = GpuOptions()
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """The largest requests that an engine takes; None: no limit of its own."""
+
+    capacity: int | None = None  # tokens of a KV cache, exactly
+    prefill: int | None = None  # tokens of a prompt that go through at once
+    rows: int | None = None  # of a batch
 
 
 class GraphRunner(Protocol):
@@ -25,13 +66,18 @@ class GraphRunner(Protocol):
 
     spec: GraphSpec
 
-    def run(self, feeds: Mapping[str, np.ndarray], cache: CacheView | None = None) -> dict[str, np.ndarray]:
-        """Run once. `feeds` has every input but the cache's; the cache is updated in place and not returned."""
+    def run(self, feeds: Mapping[str, Any], cache: CacheView | None = None) -> dict[str, Any]:
+        """Run once. `feeds` has every input but the cache's; the cache is updated in place and not returned.
+
+        Values are numpy arrays; an engine on a GPU gives image embeddings as a DeviceTensor, and takes them.
+        """
         ...
 
 
 class Engine(Protocol):
     """The graphs of one bundle on one device. `prefill` is `decoder` where the bundle has no graph for prefill."""
+
+    limits: EngineLimits
 
     @property
     def name(self) -> str: ...
@@ -44,6 +90,15 @@ class Engine(Protocol):
 
     @property
     def prefill(self) -> GraphRunner: ...
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """An empty KV cache where this engine wants it: host or device memory.
+
+        Raises:
+            CapacityError: more rows, or another capacity, than the engine takes.
+            EngineError: too little memory.
+        """
+        ...
 
     def close(self) -> None: ...
 
@@ -63,53 +118,137 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
-def engine_status() -> list[EngineStatus]:
-    """Which engines could run here, for `edgevl doctor` and for errors; imports an engine library where installed."""
-    found: list[EngineStatus] = []
-    version = _version("onnxruntime", "onnxruntime-gpu")
-    if version is None:
-        missing = "onnxruntime is not installed; pip install 'edgevl[ort]'"
-        found += [EngineStatus("ort-cpu", False, missing), EngineStatus("ort-cuda", False, missing)]
-    else:
-        import onnxruntime
-
-        providers = onnxruntime.get_available_providers()
-        found.append(EngineStatus("ort-cpu", True, f"onnxruntime {version}, {usable_cores()} cores"))
-        cuda = "CUDAExecutionProvider" in providers
-        detail = f"onnxruntime {version} has the CUDA provider, but this edgevl exports no bundle for it yet"
-        missing = f"onnxruntime {version} has {', '.join(providers)}; pip install 'edgevl[ort-gpu]' for CUDA"
-        found.append(EngineStatus("ort-cuda", False, detail if cuda else missing))
-    trt = _version("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx")
-    detail = "tensorrt is not installed" if trt is None else f"tensorrt {trt} is here"
-    found.append(EngineStatus("tensorrt", False, f"{detail}; this edgevl builds no TensorRT plans yet"))
+def engine_status(bundle: Bundle | None = None) -> list[EngineStatus]:
+    """Which engines could run here, and `bundle` if one is given, in the order of ENGINES; for `edgevl doctor`, for
+    `auto` and for errors. Imports an engine library where installed."""
+    checks = {"ort-cpu": _ort_cpu, "ort-cuda": _ort_cuda, "tensorrt": _tensorrt}
+    found = []
+    for name in ENGINES:
+        try:
+            found.append(EngineStatus(name, True, checks[name](bundle)))
+        except EdgeVLError as e:
+            found.append(EngineStatus(name, False, str(e)))
     return found
 
 
 def open_engine(
-    bundle: Bundle, name: str = "auto", threads: int | None = None, notice: Callable[[str], None] | None = None
+    bundle: Bundle,
+    name: str = "auto",
+    threads: int | None = None,
+    notice: Callable[[str], None] | None = None,
+    gpu: GpuOptions = DEFAULT_GPU,
 ) -> Engine:
-    """Open the engine `name` for `bundle`; `auto` takes the first that is usable and tells `notice` which and why.
+    """Open the engine `name` for `bundle`; `auto` takes TensorRT plans that fit this machine, then CUDA, then the CPU,
+    and tells `notice` which it took and why not those before it.
 
     Raises:
         EngineError: unknown name, or an engine that cannot run this bundle here.
     """
     if name != "auto" and name not in ENGINES:
         raise EngineError(f"engine {name!r} is unknown; expected auto, {', '.join(ENGINES)}")
-    status = {s.name: s for s in engine_status()}
+    status = {s.name: s for s in engine_status(bundle)}
     if name == "auto":
-        usable = [s for s in status.values() if s.usable]
-        if not usable:
-            raise EngineError(
-                "no engine is usable here: " + "; ".join(f"{s.name}: {s.detail}" for s in status.values())
-            )
-        name = usable[0].name
-        if notice is not None:
-            notice(f"engine: {name} ({status[name].detail}); the only one usable for this bundle, see `edgevl doctor`")
+        name = _first_usable(bundle, status, notice)
     elif not status[name].usable:
         raise EngineError(f"engine {name!r} cannot run here: {status[name].detail}; `edgevl doctor` lists what can")
+    if name == "tensorrt":
+        from edgevl.runtime.trt_engine import TrtEngine
+
+        return TrtEngine(bundle, gpu, notice)
+    if name == "ort-cuda":
+        from edgevl.runtime.ort_cuda_engine import OrtCudaEngine
+
+        return OrtCudaEngine(bundle, gpu)
     from edgevl.runtime.ort_engine import OrtEngine
 
     return OrtEngine(bundle, threads=threads)
+
+
+def _first_usable(bundle: Bundle, status: Mapping[str, EngineStatus], notice: Callable[[str], None] | None) -> str:
+    ordered = [status[name] for name in PREFERENCE]
+    usable = [s for s in ordered if s.usable]
+    if not usable:
+        reasons = "; ".join(f"{s.name}: {s.detail}" for s in ordered)
+        raise EngineError(f"{bundle.folder}: no engine is usable here: {reasons}")
+    chosen = usable[0]
+    if notice is not None:
+        skipped = [f"not {s.name}: {s.detail}" for s in ordered[: ordered.index(chosen)]]
+        notice("; ".join([f"engine: {chosen.name} ({chosen.detail})", *skipped]))
+    return chosen.name
+
+
+# ---------------------------------------------------------------------- one engine each: a detail, or why not
+
+
+def _onnxruntime() -> str:
+    version = _version("onnxruntime", "onnxruntime-gpu")
+    if version is None:
+        raise EngineError("onnxruntime is not installed; pip install 'edgevl[ort]'")
+    return version
+
+
+def _ort_cpu(bundle: Bundle | None) -> str:
+    version = _onnxruntime()
+    if bundle is not None and "onnxruntime" not in bundle.requires:
+        raise EngineError(f"the bundle was exported for {bundle.target!r}; export with --target cpu")
+    return f"onnxruntime {version}, {usable_cores()} cores"
+
+
+def _ort_cuda(bundle: Bundle | None) -> str:
+    if bundle is not None and bundle.target != "cuda":
+        raise EngineError(f"the bundle was exported for {bundle.target!r}; export with --target cuda")
+    gpu, version = _gpu(), _onnxruntime()
+    import onnxruntime
+
+    from edgevl.runtime.ort_cuda_engine import provider_problem
+
+    providers = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" not in providers:
+        raise EngineError(
+            f"onnxruntime {version} has {', '.join(providers)}; pip uninstall onnxruntime, then "
+            "pip install 'edgevl[ort-gpu]' for CUDA"
+        )
+    problem = provider_problem()
+    if problem is not None:
+        raise EngineError(f"onnxruntime {version}: {problem}")
+    return f"onnxruntime {version} with CUDA on {gpu}"
+
+
+def _tensorrt(bundle: Bundle | None) -> str:
+    from edgevl.runtime.plan_choice import choose_plans
+    from edgevl.runtime.plans import find_plans
+    from edgevl.runtime.tensorrt_library import find_tensorrt, installed_versions
+
+    if bundle is not None and "tensorrt" not in bundle.requires:
+        raise EngineError(
+            f"the bundle was exported for {bundle.target!r}; export with --target tensorrt (10.15 or newer) or jetpack6"
+        )
+    library = find_tensorrt()
+    gpu = _gpu()
+    if bundle is None:
+        return f"{library.name} on {gpu}"
+    plans = find_plans(bundle)
+    if not plans:
+        raise EngineError("the bundle has no TensorRT plans; run `edgevl build` on it here")
+    from edgevl.runtime.gpu import current_gpu
+
+    device = current_gpu()
+    chosen, reasons = choose_plans(bundle, plans, installed_versions(), device.capability if device else (0, 0))
+    if chosen is None:
+        raise EngineError(f"no plans of the bundle fit: {'; '.join(reasons)}; run `edgevl build` here")
+    return f"{chosen.flavour} {chosen.version}, plans {chosen.folder.name}, on {gpu}"
+
+
+def _gpu() -> str:
+    """`NVIDIA H100 (9.0)`. Raises EngineError where there is none, or CUDA's runtime is missing."""
+    from edgevl.runtime.cuda_memory import CudaRuntime
+    from edgevl.runtime.gpu import current_gpu
+
+    gpu = current_gpu()
+    if gpu is None:
+        raise EngineError("no NVIDIA GPU is found (libcuda, the driver's library, is missing or has no device)")
+    CudaRuntime()
+    return "{} ({}.{})".format(gpu.name, *gpu.capability)
 
 
 def _version(*packages: str) -> str | None:

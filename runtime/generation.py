@@ -24,13 +24,12 @@ from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.chat import ChatSession
 from edgevl.runtime.decode_loop import DecodeLoop
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK, Decoder
-from edgevl.runtime.engine import Engine, open_engine
+from edgevl.runtime.engine import DEFAULT_GPU, Engine, GpuOptions, open_engine
 from edgevl.runtime.errors import CapacityError, EdgeVLError, InputError
 from edgevl.runtime.grounding import Box
 from edgevl.runtime.guided import FORMS, GuideCompiler
 from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB, ImageCache
 from edgevl.runtime.image_processing import VisionGrid
-from edgevl.runtime.kv_cache import KVCache
 from edgevl.runtime.locate import DEFAULT_QUESTION, locate
 from edgevl.runtime.mrope import position_ids
 from edgevl.runtime.prefix_cache import PrefixCache, token_identity
@@ -143,6 +142,7 @@ class VisionLanguageModel:
         prefix_cache_mb: float = 0,
         verify_hashes: bool = False,
         memory_limit: int | str | None = None,
+        gpu: GpuOptions = DEFAULT_GPU,
         notice: Callable[[str], None] | None = None,
     ) -> VisionLanguageModel:
         """Open a bundle folder on an engine.
@@ -161,13 +161,14 @@ class VisionLanguageModel:
                 pass it are refused before they run, with advice. By default what the machine (or its cgroup) has
                 left; "off" refuses nothing.
             notice: gets a line on the engine chosen, and on every video: frames, size, what was changed to fit.
+            gpu: which GPU, and how it is used.
 
         Raises:
             BundleError, EngineError, InputError: see the classes.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes)
         check_opening(opened, memory_limit)
-        runner = open_engine(opened, engine, threads, notice)
+        runner = open_engine(opened, engine, threads, notice, gpu)
         try:
             return cls(opened, runner, capacity, prefill_chunk, image_cache_mb, prefix_cache_mb, memory_limit, notice)
         except EdgeVLError:
@@ -315,8 +316,7 @@ class VisionLanguageModel:
 
     def decoder(self, batch: int = 1) -> Decoder:
         """A decoder loop over a fresh cache."""
-        cache = KVCache(self.engine.decoder.spec, self.capacity, batch)
-        return Decoder(self.engine, self.config, cache, self._chunk)
+        return Decoder(self.engine, self.config, self.engine.new_cache(self.capacity, batch), self._chunk)
 
     def prepare(
         self, messages: Sequence[dict[str, Any]], answer_tokens: int = 1, *, check_length: bool = True

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
+from edgevl.runtime.device_tensor import Rows, freeze
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.image_processing import ImageProcessorConfig
 
@@ -33,12 +34,12 @@ class ImageCache:
             raise InputError(f"the image cache is {limit_bytes} bytes, expected 0 (off) or more")
         self.limit_bytes = limit_bytes
         self.nbytes = self.hits = self.misses = 0
-        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._kept: OrderedDict[str, Rows] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: str) -> np.ndarray | None:
+    def get(self, key: str) -> Rows | None:
         """What was kept under `key` (read-only, shared between all who ask); None when it was not, or no longer."""
         found = self._kept.get(key)
         if found is None:
@@ -48,13 +49,13 @@ class ImageCache:
         self.hits += 1
         return found
 
-    def put(self, key: str, embeds: np.ndarray) -> None:
+    def put(self, key: str, embeds: Rows) -> None:
         """Keep an array that owns its memory, and drop the least recently used beyond the limit. One that is larger
         than the limit is not kept."""
         self.discard(key)
         if embeds.nbytes > self.limit_bytes:
             return
-        embeds.flags.writeable = False
+        freeze(embeds)
         self._kept[key] = embeds
         self.nbytes += embeds.nbytes
         while self.nbytes > self.limit_bytes:
@@ -91,7 +92,7 @@ def cached_rows(
         for key, rows in zip(missing, encode([first[key] for key in missing])):
             found[key] = rows
             cache.put(key, rows.copy())  # a copy: a slice would keep its whole base alive
-    parts = [rows for key in keys if (rows := found[key]) is not None]
+    parts = [np.asarray(rows) for key in keys if (rows := found[key]) is not None]
     return np.concatenate(parts), sum(key not in missing for key in keys)
 
 

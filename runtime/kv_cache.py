@@ -9,20 +9,22 @@ from __future__ import annotations
 import math
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from edgevl.runtime.errors import CapacityError
 from edgevl.runtime.graph_spec import GraphSpec
 
-__all__ = ["CacheView", "KVCache"]
+__all__ = ["CacheView", "KVCache", "check_capacity"]
 
 
 @dataclass(frozen=True)
 class CacheView:
-    """Contiguous rows of a cache, as the graph sees them: {past input name: array [rows, kv_heads, capacity, d]}."""
+    """Contiguous rows of a cache, as the graph sees them: {past input name: [rows, kv_heads, capacity, d]}, arrays or,
+    from a DeviceKVCache, device tensors."""
 
-    buffers: dict[str, np.ndarray]
+    buffers: dict[str, Any]
 
 
 class KVCache:
@@ -31,13 +33,17 @@ class KVCache:
     Args:
         spec: the decoder's spec; its `cache` pairs name the buffers.
         capacity: tokens that each row can hold.
+
+    Raises:
+        CapacityError: another capacity than the graph's, where it is fixed.
     """
 
     def __init__(self, spec: GraphSpec, capacity: int, batch: int = 1) -> None:
         self._spec = spec
         self.capacity = capacity
         self.lengths = np.zeros(batch, np.int64)
-        self._buffers: dict[str, np.ndarray] = {}
+        self._buffers: dict[str, Any] = {}
+        check_capacity(spec, capacity)
         for past, _ in spec.cache:
             tensor = spec.input(past)
             _, heads, _, dim = tensor.shape
@@ -112,6 +118,16 @@ class KVCache:
             other._buffers[name][:, :, :used] = b[:, :, :used]
         other.lengths[:] = self.lengths
         return other
+
+
+def check_capacity(spec: GraphSpec, capacity: int) -> None:
+    """Raises CapacityError for another capacity than the graph's, where it is fixed."""
+    fixed = spec.input(spec.cache[0][0]).shape[2]
+    if isinstance(fixed, int) and fixed != capacity:
+        raise CapacityError(
+            f"a KV cache of {capacity} tokens was asked for, the graph was exported for exactly {fixed}; "
+            f"export with --max-tokens {capacity}, or leave the capacity away"
+        )
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

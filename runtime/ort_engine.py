@@ -11,12 +11,13 @@ import numpy as np
 import onnxruntime as ort
 
 from edgevl.runtime.bundle import Bundle
-from edgevl.runtime.engine import usable_cores
+from edgevl.runtime.engine import EngineLimits, usable_cores
 from edgevl.runtime.errors import EngineError, InputError
-from edgevl.runtime.graph_spec import GraphSpec
-from edgevl.runtime.kv_cache import CacheView
+from edgevl.runtime.graph_spec import APPENDED, GraphSpec
+from edgevl.runtime.kv_cache import CacheView, KVCache
+from edgevl.runtime.trt_feeds import is_tensorrt_spec, store_appended, tensorrt_feeds
 
-__all__ = ["OrtEngine", "OrtGraph"]
+__all__ = ["OrtEngine", "OrtGraph", "check_signature", "check_version"]
 
 _MADV_DONTNEED = 4
 PROVIDER = "CPUExecutionProvider"
@@ -34,6 +35,10 @@ class OrtGraph:
         # A memory pattern holds a second copy of a shape's activations beside the arena, and what it holds is not given
         # back by shrinking: prompts and pictures come in all shapes.
         options.enable_mem_pattern = False
+        # A graph written for TensorRT runs here too, for its numbers; it takes a mask instead of lengths.
+        self._for_tensorrt = is_tensorrt_spec(spec)
+        if self._for_tensorrt:  # as it stands: fused, ONNX Runtime would round activations in front of int4 weights
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[PROVIDER])
         except Exception as e:  # onnxruntime raises its own classes, undocumented
@@ -42,17 +47,22 @@ class OrtGraph:
             ) from None
         if self._session.get_providers() != [PROVIDER]:
             raise EngineError(f"{path}: asked for {PROVIDER}, got {self._session.get_providers()}")
-        self._check_signature(path)
+        check_signature(path, spec, [i.name for i in self._session.get_inputs()])
         self._run_options = ort.RunOptions()
         if shrink_arena:
             # Pictures come in all sizes: without this the largest one's activations stay allocated for ever.
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._dtypes = {t.name: np.dtype(t.dtype) for t in spec.inputs}
         self._cached = dict(spec.cache)
-        presents = set(self._cached.values())
+        self._appends = spec.cache_update == APPENDED
+        presents = set() if self._appends else set(self._cached.values())
         self._outputs = [t.name for t in spec.outputs if t.name not in presents]
 
     def run(self, feeds: Mapping[str, np.ndarray], cache: CacheView | None = None) -> dict[str, np.ndarray]:
+        wanted, lengths = feeds.get("logits_rows"), feeds.get("seqlens_k")
+        if self._for_tensorrt:
+            past = np.asarray(lengths, np.int64) + 1 - np.shape(feeds["input_ids"])[1]
+            feeds = tensorrt_feeds(feeds, self.spec)
         binding = self._session.io_binding()
         alive = []  # the binding holds pointers, not references
         for name, value in feeds.items():
@@ -62,7 +72,8 @@ class OrtGraph:
         for name, buffer in ({} if cache is None else cache.buffers).items():
             where = ("cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             binding.bind_input(name, *where)
-            binding.bind_output(self._cached[name], *where)
+            if not self._appends:
+                binding.bind_output(self._cached[name], *where)
         for name in self._outputs:
             binding.bind_output(name, "cpu")
         try:
@@ -71,12 +82,18 @@ class OrtGraph:
             raise EngineError(f"graph {self.spec.name!r}: onnxruntime failed: {str(e).splitlines()[0]}") from None
         # Outputs come in the order in which they were bound: the cache's first, then ours.
         values = binding.get_outputs()[-len(self._outputs) :]
-        return {name: value.numpy() for name, value in zip(self._outputs, values)}
+        found = {name: value.numpy() for name, value in zip(self._outputs, values)}
+        if not self._for_tensorrt:
+            return found
+        if self._appends and cache is not None:
+            store_appended(cache.buffers, found, past, self.spec)
+        return {"logits": found["logits"][: np.size(wanted)]}
 
-    def _check_signature(self, path: Path) -> None:
-        found = {i.name for i in self._session.get_inputs()}
-        if found != {t.name for t in self.spec.inputs}:
-            raise EngineError(f"{path}: inputs {sorted(found)} are not those of the manifest; export the bundle again")
+
+def check_signature(path: Path, spec: GraphSpec, inputs: Sequence[str]) -> None:
+    """Raises EngineError where a graph's inputs are not those of the manifest."""
+    if set(inputs) != {t.name for t in spec.inputs}:
+        raise EngineError(f"{path}: inputs {sorted(inputs)} are not those of the manifest; export the bundle again")
 
 
 class OrtEngine:
@@ -91,13 +108,14 @@ class OrtEngine:
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}, expected at least 1")
-        _check_version(bundle)
+        check_version(bundle)
         self.threads = threads or usable_cores()
         # Repacking weights is most of the time of opening, and each session does it on one thread.
         with ThreadPoolExecutor(len(bundle.graphs)) as pool:
             opened = dict(zip(bundle.graphs, pool.map(lambda role: self._open(bundle, role), bundle.graphs)))
         release_file_pages([bundle.path(name) for name in bundle.files if name.endswith(".data")])
         self._graphs: dict[str, OrtGraph] = opened
+        self.limits = EngineLimits()
 
     def _open(self, bundle: Bundle, role: str) -> OrtGraph:
         graph = bundle.graphs[role]
@@ -114,6 +132,9 @@ class OrtEngine:
     @property
     def prefill(self) -> OrtGraph:
         return self._graphs.get("prefill", self.decoder)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        return KVCache(self.decoder.spec, capacity, batch)
 
     def close(self) -> None:
         """Free the sessions; the engine cannot run afterwards."""
@@ -141,7 +162,7 @@ def release_file_pages(paths: Sequence[Path]) -> None:
             libc.madvise(ctypes.c_void_p(region[0]), ctypes.c_size_t(region[1] - region[0]), _MADV_DONTNEED)
 
 
-def _check_version(bundle: Bundle) -> None:
+def check_version(bundle: Bundle) -> None:
     least = bundle.requires.get("onnxruntime")
     if least is None:
         raise EngineError(

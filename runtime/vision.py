@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgevl.runtime.config import ModelConfig
+from edgevl.runtime.device_tensor import Rows, freeze, join_rows
 from edgevl.runtime.engine import GraphRunner
 from edgevl.runtime.errors import EngineError, InputError
 from edgevl.runtime.image_cache import ImageCache, cached_rows, content_key, join_keys, picture_key
@@ -42,12 +43,12 @@ _OPTIONS = ("min_pixels", "max_pixels")
 class EncodedImage:
     """A picture (or video) after the vision encoder; may stand for the picture in any later message.
 
-    `embeds` float32 [grid.tokens, hidden], read-only; sizes are (width, height) in pixels; `key` identifies the
-    content; `cached`: the encoder did not run for it (the image cache had it, or it was encoded before); `video` says
-    which frames of a video these are.
+    `embeds` float32 [grid.tokens, hidden], read-only, or a tensor on the engine's device; sizes are (width, height) in
+    pixels; `key` identifies the content; `cached`: the encoder did not run for it (the image cache had it, or it was
+    encoded before); `video` says which frames of a video these are.
     """
 
-    embeds: np.ndarray
+    embeds: Rows
     grid: VisionGrid
     original_size: tuple[int, int]
     resized_size: tuple[int, int]
@@ -111,7 +112,7 @@ class VisionStage:
             self.cache.put(key, embeds)
         else:
             done = time.perf_counter()
-        embeds.flags.writeable = False
+        freeze(embeds)
         grid = VisionGrid(1, height // config.patch_size, width // config.patch_size)
         times = {"preprocess_s": done - started, "vision_s": time.perf_counter() - done}
         return EncodedImage(embeds, grid, picture.size, (width, height), key, **times, cached=cached)
@@ -134,7 +135,7 @@ class VisionStage:
                     pixels.reshape(-1, grid.h * grid.w, pixels.shape[-1]), grid, cache
                 )
                 vision_s += time.perf_counter() - started
-                embeds[done : done + len(part)] = part
+                embeds[done : done + len(part)] = part  # a video gathers on the host
                 done, hits, keys = done + len(part), hits + found, keys + new
             info = plan.info(source)
         embeds.flags.writeable = False
@@ -156,10 +157,10 @@ class VisionStage:
         """Embeddings of temporal patches float32 [t, h × w, patch_dim], their keys, and how many the cache had."""
         keys = [content_key(p, "frames", grid.h, grid.w) for p in patches]
         if not cache.limit_bytes:
-            return self._run(patches, grid), keys, 0
+            return np.asarray(self._run(patches, grid)), keys, 0
 
         def encode(indices: list[int]) -> np.ndarray:
-            rows = self._run(patches if len(indices) == len(patches) else patches[indices], grid)
+            rows = np.asarray(self._run(patches if len(indices) == len(patches) else patches[indices], grid))
             return rows.reshape(len(indices), -1, rows.shape[-1])
 
         rows, hits = cached_rows(cache, keys, encode)
@@ -169,12 +170,12 @@ class VisionStage:
         """Pixels of one picture or video, as the vision encoder wants them."""
         return preprocess_vision(item, self._processor)
 
-    def run(self, processed: ProcessedImage) -> np.ndarray:
-        """Embeddings float32 [tokens, hidden] of preprocessed pixels."""
+    def run(self, processed: ProcessedImage) -> Rows:
+        """Embeddings [tokens, hidden] of preprocessed pixels: float32, or a tensor on the engine's device."""
         grid = processed.grid
         return self._run(processed.pixel_values.reshape(grid.t, grid.h * grid.w, -1), grid)
 
-    def _run(self, patches: np.ndarray, grid: VisionGrid) -> np.ndarray:
+    def _run(self, patches: np.ndarray, grid: VisionGrid) -> Rows:
         """Embeddings of some temporal patches float32 [t, h × w, patch_dim] of a grid."""
         vision = self._config.vision
         cos, sin = vision_rotary_rows(grid.h, grid.w, vision.spatial_merge_size, vision.head_dim)
@@ -187,8 +188,11 @@ class VisionStage:
                 "rotary_sin": np.broadcast_to(sin, (len(frames), *sin.shape)),
             }
             parts.append(self._graph.run({"patches": frames, **rows})["image_embeds"])
-        embeds = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.float32, copy=False)
-        if not np.isfinite(embeds).all():
+        embeds = join_rows(parts)
+        if isinstance(embeds, np.ndarray):
+            embeds = embeds.astype(np.float32, copy=False)
+        # Of a tensor on a device this is a copy; the tensor itself stays there.
+        if not np.isfinite(np.asarray(embeds)).all():
             raise EngineError(
                 "the vision encoder gave NaN or infinity; float16 overflows on some pictures: "
                 "export with --vision-precision fp32 or int8"

@@ -1,0 +1,338 @@
+"""One command for a machine with a GPU: export, build, verify and measure, beside transformers; a table at the end.
+
+    python -m edgevl.benchmarks.gpu OUT                       # random weights of the 2B shape
+    python -m edgevl.benchmarks.gpu OUT --checkpoint DIR --engines ort-cuda,tensorrt --json figures.jsonl
+
+For every engine that is usable: a bundle is exported (and TensorRT plans built), `verify` replays its golden vectors
+on that engine, and rounds of fresh processes, whose order rotates, measure pictures of two sizes: vision, prefill,
+time to first token, decode speed, and the GPU memory that the device has less of when a process has answered. The
+peers are transformers in bfloat16 with sdpa, and the same with a static cache and torch.compile'd decode steps. What
+fails is told and left out; the status is 1 then. Random weights: a verify of int4 on them may drift where it would not
+on a trained model, so a drift is reported and the measuring goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+from tqdm import tqdm
+
+from edgevl.benchmarks.latency import Workload, _messages, _spread
+from edgevl.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
+from edgevl.runtime.bundle import MANIFEST, Bundle
+from edgevl.runtime.doctor import machine
+from edgevl.runtime.engine import engine_status
+from edgevl.runtime.errors import EdgeVLError
+from edgevl.runtime.image_processing import smart_resize
+from edgevl.runtime.tensorrt_library import find_tensorrt
+
+__all__ = ["Contender", "main"]
+
+METRICS = ("open_s", "vision_s", "prefill_s", "ttft_s", "decode_tokens_per_s", "gpu_mb")
+PEERS = {"transformers": "transformers bf16 sdpa", "transformers-compiled": "transformers bf16, compiled decode"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that is measured: an engine on a bundle, or a peer on the checkpoint."""
+
+    name: str
+    kind: str  # an engine's name, or a key of PEERS
+    path: str
+    cuda_graph: bool | None = None
+
+
+@dataclass
+class Figures:
+    """One process: a number per request, but for opening and memory."""
+
+    contender: str
+    size: str
+    measured: dict[str, list[float]] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------- inside a measuring process
+
+
+def _gpu_used() -> float | None:
+    """Bytes of the device in use by everybody; None without a GPU."""
+    from edgevl.runtime.cuda_memory import CudaRuntime
+
+    try:
+        free, total = CudaRuntime().memory()
+    except EdgeVLError:
+        return None
+    return float(total - free)
+
+
+def _measure_engine(contender: Contender, work: Workload) -> dict[str, list[float]]:
+    from edgevl.runtime import VisionLanguageModel
+    from edgevl.runtime.engine import GpuOptions
+
+    started = time.perf_counter()
+    options = GpuOptions(cuda_graph=contender.cuda_graph)
+    with VisionLanguageModel.open(contender.path, contender.kind, gpu=options, image_cache_mb=0) as model:
+        opened = time.perf_counter() - started
+        messages = _messages(model, work, work.picture(0))
+        timings = []
+        for i in range(work.requests + 2):  # two to warm up: shapes, then captures
+            messages[-1]["content"][0]["image"] = work.picture(i)
+            timings.append(model.generate(messages, max_new_tokens=work.new_tokens, eos_token_ids=(-1,)).timings)
+        used = _gpu_used()
+    timings = timings[2:]
+    return {
+        "open_s": [opened],
+        "vision_s": [t.vision_s for t in timings],
+        "prefill_s": [t.prefill_s for t in timings],
+        "ttft_s": [t.first_token_s for t in timings],
+        "decode_tokens_per_s": [t.tokens_per_s for t in timings],
+        "gpu_mb": [] if used is None else [used / 1e6],
+    }
+
+
+class _Clock:
+    """A transformers streamer that keeps when every token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def _measure_peer(contender: Contender, work: Workload, ids: list[int]) -> dict[str, list[float]]:
+    import torch
+    import transformers
+
+    from edgevl.runtime.image_processing import ImageProcessorConfig, preprocess_image
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiled = contender.kind == "transformers-compiled"
+    started = time.perf_counter()
+    model: Any = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+        contender.path, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+    model = model.eval().to(device)
+    found: dict[str, list[float]] = {"open_s": [time.perf_counter() - started]}
+    found |= {name: [] for name in ("vision_s", "ttft_s", "decode_tokens_per_s")}
+    # A static cache is what transformers compiles its decode step over, on CUDA by itself.
+    cache = {"cache_implementation": "static"} if compiled else {"disable_compile": True}
+    processor = ImageProcessorConfig.from_folder(contender.path)
+    prompt = torch.tensor([ids], device=device)
+    for i in range(work.requests + 2):
+        clock, began = _Clock(), time.perf_counter()
+        done = preprocess_image(work.picture(i), processor)
+        pixels = torch.from_numpy(done.pixel_values).to(device, torch.bfloat16)
+        grid = torch.tensor([[done.grid.t, done.grid.h, done.grid.w]], device=device)
+        with torch.inference_mode():
+            model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                pixel_values=pixels,
+                image_grid_thw=grid,
+                mm_token_type_ids=(prompt == model.config.image_token_id).int(),
+                max_new_tokens=work.new_tokens,
+                min_new_tokens=work.new_tokens,
+                do_sample=False,
+                streamer=clock,
+                **cache,
+            )
+            if device == "cuda":
+                torch.cuda.synchronize()
+            vision_began = time.perf_counter()
+            model.model.visual(pixels, grid)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            vision = time.perf_counter() - vision_began
+        if i > 1:
+            found["vision_s"].append(vision)
+            found["ttft_s"].append(clock.times[0] - began)
+            rate = (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])
+            found["decode_tokens_per_s"].append(rate)
+    used = _gpu_used()
+    found["gpu_mb"] = [] if used is None else [used / 1e6]
+    return found
+
+
+def worker(contender_json: str, work_json: str, ids_json: str) -> None:
+    """Entry of one measuring process: prints its figures as one JSON line."""
+    contender, data = Contender(**json.loads(contender_json)), json.loads(work_json)
+    work = Workload(**{**data, "cores": ()})
+    ids = json.loads(ids_json)
+    found = _measure_peer(contender, work, ids) if contender.kind in PEERS else _measure_engine(contender, work)
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def prompt_ids(bundle: str, work_json: str) -> None:
+    """Entry of a process: prints the ids of the workload's prompt, which needs the bundle's tokenizer only."""
+    from edgevl.runtime import VisionLanguageModel
+
+    work = Workload(**{**json.loads(work_json), "cores": ()})
+    model = VisionLanguageModel.open(bundle)
+    messages = _messages(model, work, work.picture(0))
+    sys.stdout.write(json.dumps(model.prepare(messages).ids.tolist()) + "\n")
+
+
+def _process(entry: str, *arguments: str) -> str:
+    """Run `entry` of this module in a process of its own; its last line of output."""
+    code = f"import sys; from edgevl.benchmarks import gpu; gpu.{entry}(*sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "it died")
+    return done.stdout.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------- preparing
+
+
+def _edgevl(*arguments: str) -> int:
+    """One command of edgevl in a process of its own, its output on stderr."""
+    click.echo(f"$ edgevl {' '.join(arguments)}", err=True)
+    return subprocess.run(
+        [sys.executable, "-m", "edgevl.runtime", *arguments], stdout=sys.stderr, check=False
+    ).returncode
+
+
+def target_for(engine: str) -> str:
+    """The --target whose bundles `engine` runs here; for TensorRT it depends on the version."""
+    if engine != "tensorrt":
+        return {"ort-cpu": "cpu", "ort-cuda": "cuda"}[engine]
+    library = find_tensorrt()
+    return "tensorrt" if library.flavour == "tensorrt_rtx" or library.at_least("10.15") else "jetpack6"
+
+
+def prepare(out: Path, checkpoint: Path, engines: Sequence[str], precisions: Sequence[str]) -> Iterator[Any]:
+    """Export and build what is not there yet; yields a Contender, or the text of what failed."""
+    for engine in engines:
+        for precision in precisions:
+            bundle = out / f"{engine}-{precision}"
+            if not (bundle / MANIFEST).exists():
+                options = ["--target", target_for(engine), "--precision", precision]
+                if _edgevl("export", str(checkpoint), "-o", str(bundle), *options) == 2:
+                    yield f"{bundle.name}: export failed"
+                    continue
+            if engine == "tensorrt" and not list(bundle.glob("engines/*/plans.json")) and _edgevl("build", str(bundle)):
+                yield f"{bundle.name}: build failed"
+                continue
+            if not list(bundle.glob("golden/*.safetensors")):
+                yield f"{bundle.name}: not verified, it has no golden vectors (they need torch and transformers)"
+            elif status := _edgevl("verify", str(bundle), "--engine", engine):
+                yield f"{bundle.name}: verify on {engine} " + ("drifts" if status == 1 else "could not run")
+            graphs = (False, True) if engine == "ort-cuda" else (None,)
+            for graph in graphs:
+                name = f"{engine} {precision}" + (" CUDA graph" if graph else "")
+                yield Contender(name, engine, str(bundle), graph)
+
+
+def summary(figures: Sequence[Figures], sizes: Sequence[str]) -> str:
+    """A table per picture size: medians over rounds and requests, with their spread."""
+    headers = ["", "open s", "vision s", "prefill s", "TTFT s", "decode tok/s", "GPU MB"]
+    tables = []
+    for size in sizes:
+        rows = []
+        for name in dict.fromkeys(f.contender for f in figures):
+            pooled = [f.measured for f in figures if (f.contender, f.size) == (name, size)]
+            rows.append([name, *(_spread([v for m in pooled for v in m.get(metric, [])]) for metric in METRICS)])
+        tables.append(f"{size}\n\n{tabulate(rows, headers=headers, tablefmt='github', disable_numparse=True)}")
+    return "\n\n".join(tables)
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Measure this [default: random weights].")
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="2b", show_default=True, help="Of random weights.")
+@click.option("--engines", default="ort-cuda,tensorrt", show_default=True, help="Which; unusable ones are told of.")
+@click.option("--precisions", default="int4,fp16", show_default=True)
+@click.option("--sizes", default="448x448,1288x966", show_default=True, help="Pictures, width x height.")
+@click.option("--extra-tokens", default=30, show_default=True, help="Of the prompt, beside the picture's.")
+@click.option("--new-tokens", default=64, show_default=True)
+@click.option("--requests", default=3, show_default=True, help="Measured requests per process.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--no-peers", is_flag=True, help="Without transformers.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures as JSON lines.")
+def main(out: Path, checkpoint: Path | None, json_path: Path | None, **options: Any) -> None:
+    """Export, build, verify and measure on the GPU of this machine, with everything kept in OUT."""
+    out.mkdir(parents=True, exist_ok=True)
+    failures: list[str] = []
+    status = {s.name: s for s in engine_status()}
+    engines = []
+    for name in options["engines"].split(","):
+        if name not in status:
+            raise click.UsageError(f"engine {name!r} is unknown; expected some of {', '.join(status)}")
+        if status[name].usable:
+            engines.append(name)
+        else:
+            failures.append(f"{name}: {status[name].detail}")
+    if not engines:
+        raise click.ClickException("; ".join(failures))
+    if checkpoint is None:
+        checkpoint = out / f"checkpoint-{options['shape']}"
+        if not (checkpoint / "config.json").exists():
+            write_random_checkpoint(checkpoint, options["shape"])
+    contenders: list[Contender] = []
+    for made in prepare(out, checkpoint, engines, options["precisions"].split(",")):
+        (contenders if isinstance(made, Contender) else failures).append(made)
+    if not contenders:
+        raise click.ClickException("; ".join(failures))
+    bundle = contenders[0].path
+    if not options["no_peers"]:
+        contenders = [*(Contender(name, kind, str(checkpoint)) for kind, name in PEERS.items()), *contenders]
+    figures = _measure(contenders, bundle, options, failures)
+    facts = machine()
+    click.echo("\n".join(f"{k}: {v}" for k, v in facts.items()) + f"\ncheckpoint: {checkpoint.name}\n")
+    click.echo(summary(figures, options["sizes"].split(",")))
+    if json_path is not None:
+        lines = [json.dumps({"machine": facts, **asdict(f)}) for f in figures]
+        json_path.write_text("\n".join(lines) + "\n")
+    for failure in failures:
+        click.echo(f"left out or not as it should be: {failure}", err=True)
+    sys.exit(1 if failures else 0)
+
+
+def _measure(contenders: list[Contender], bundle: str, options: dict[str, Any], failures: list[str]) -> list[Figures]:
+    figures: list[Figures] = []
+    sizes = options["sizes"].split(",")
+    dead: set[tuple[str, str]] = set()
+    with tqdm(total=len(contenders) * len(sizes) * options["rounds"], file=sys.stderr, disable=None) as bar:
+        for size in sizes:
+            width, height = (int(n) for n in size.lower().split("x"))
+            processor = Bundle.open(bundle).image_processor
+            h, w = smart_resize(height, width, processor.factor, processor.min_pixels, processor.max_pixels)
+            prompt = h * w // processor.factor**2 + options["extra_tokens"]
+            work = Workload(width, height, prompt, options["new_tokens"], options["requests"])
+            text = json.dumps(asdict(work))
+            ids = _process("prompt_ids", bundle, text)
+            for number in range(options["rounds"]):
+                for offset in range(len(contenders)):
+                    contender = contenders[(number + offset) % len(contenders)]
+                    bar.set_postfix_str(contender.name)
+                    if (contender.name, size) not in dead:
+                        try:
+                            measured = json.loads(_process("worker", json.dumps(asdict(contender)), text, ids))
+                            figures.append(Figures(contender.name, size, measured))
+                        except click.ClickException as e:
+                            dead.add((contender.name, size))
+                            failures.append(f"{contender.name} at {size}: {e.message}")
+                    bar.update()
+    return figures
+
+
+if __name__ == "__main__":
+    main()
