@@ -1,8 +1,9 @@
 """Writes a quantized checkpoint's files: shards, index, configs, and what is copied from the original.
 
 Weight-only layers are laid out as AutoGPTQ does, which GPTQModel, vLLM and transformers read; W8A8 as
-compressed-tensors does ("int-quantized"). Names are the released ones, the rest is as it was, and
-`quantization_config` is in config.json (GPTQ's again in quantize_config.json).
+compressed-tensors does ("int-quantized"), and so are the scales of an INT8 KV cache (`k_scale`, `v_scale`). Names are
+the released ones, the rest is as it was, and `quantization_config` is in config.json (GPTQ's again in
+quantize_config.json).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgevl.calibration.recipes import Recipe
+from edgevl.runtime.cache_scales import KV_SCHEME_KEY, cache_scheme
 from edgevl.runtime.checkpoint import Checkpoint
 
 __all__ = ["as_stored", "quantization_config", "save_shard", "shard_name", "write_rest"]
@@ -49,7 +51,8 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 def quantization_config(recipe: Recipe) -> dict[str, Any]:
     """The dictionary that readers of such checkpoints look for."""
     meta = {"quantizer": [f"edgevl:{importlib.metadata.version('edgevl')}"], "recipe": recipe.name}
-    return {**(_compressed_tensors() if recipe.method == "w8a8" else _gptq(recipe)), "meta": meta}
+    said = {"w8a8": _compressed_tensors, "none": _plain}.get(recipe.method, lambda: _gptq(recipe))()
+    return {**said, **({KV_SCHEME_KEY: cache_scheme()} if recipe.kv_cache else {}), "meta": meta}
 
 
 def _gptq(recipe: Recipe) -> dict[str, Any]:
@@ -61,9 +64,10 @@ def _gptq(recipe: Recipe) -> dict[str, Any]:
         "sym": recipe.symmetric,
         "desc_act": False,
         "static_groups": True,
-        "true_sequential": False,
+        "true_sequential": recipe.true_sequential,
         "damp_percent": 0.01,
-        "checkpoint_format": "gptq",
+        # Version 1 stores zero points less one and has no code for 0.
+        "checkpoint_format": "gptq" if recipe.symmetric else "gptq_v2",
         "pack_dtype": "int32",
         "lm_head": False,
         "modules_in_block_to_quantize": None,
@@ -91,6 +95,12 @@ def _compressed_tensors() -> dict[str, Any]:
     }
 
 
+def _plain() -> dict[str, Any]:
+    """No layer is quantized, only the cache."""
+    common = {"quantization_status": "compressed", "config_groups": {}, "ignore": []}
+    return {"quant_method": "compressed-tensors", "format": "dense", **common}
+
+
 def write_rest(checkpoint: Checkpoint, folder: Path, layers: int, recipe: Recipe) -> None:
     """The two shards that hold no layer, the index over all shards, configs and the other files."""
     parts: tuple[list[str], list[str]] = ([], [])
@@ -109,7 +119,7 @@ def write_rest(checkpoint: Checkpoint, folder: Path, layers: int, recipe: Recipe
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     quantization = quantization_config(recipe)
     _put(folder / "config.json", {**config, "quantization_config": quantization})
-    if recipe.method != "w8a8":
+    if quantization["quant_method"] == "gptq":
         _put(folder / "quantize_config.json", quantization)
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHTS) and not (folder / path.name).exists():

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from edgevl.export.exporter import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_PRECISION,
+    KV_CACHES,
     PRECISIONS,
     TARGETS,
     ExportOptions,
@@ -58,6 +59,13 @@ __all__ = ["export"]
     show_default=True,
     metavar="N",
     help="Embedding and head of quantized decoders: 8 or 4.",
+)
+@click.option(
+    "--kv-cache",
+    default="float",
+    show_default=True,
+    metavar="K",
+    help=f"{' or '.join(KV_CACHES)}: int8 takes its scales from a checkpoint of `edgevl quantize --kv-cache int8`.",
 )
 @click.option(
     "--max-tokens",

@@ -12,12 +12,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgevl.export.decoder import write_decoder
-from edgevl.export.dialect_ort import LEAST_ONNXRUNTIME, OrtDialect
+from edgevl.export.dialect_ort import LEAST_ONNXRUNTIME, LEAST_ONNXRUNTIME_INT8_CACHE, OrtDialect
 from edgevl.export.graph import DataFile
 from edgevl.export.precision import DECODER_PRECISIONS, Precision, decoder_precision, vision_precision
 from edgevl.export.vision_encoder import write_vision_encoder
@@ -32,7 +32,7 @@ from edgevl.runtime.prompt import load_chat_template
 from edgevl.runtime.schemes import QuantizedLayer, own_precision
 from edgevl.runtime.tokenizer import Tokenizer
 
-__all__ = ["PRECISIONS", "TARGETS", "ExportOptions", "ExportReport", "PartReport", "export_bundle"]
+__all__ = ["KV_CACHES", "PRECISIONS", "TARGETS", "ExportOptions", "ExportReport", "PartReport", "export_bundle"]
 
 TARGETS = ("cpu",)
 # overall name -> (vision, decoder)
@@ -46,6 +46,7 @@ PRECISIONS = {
 }
 DEFAULT_PRECISION = "int4"
 DEFAULT_MAX_TOKENS = 8192
+KV_CACHES = ("float", "int8")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ExportOptions:
     """What to export; `vision_precision` and `decoder_precision` default to what `precision` implies.
 
     `precision` defaults to int4, and to what the checkpoint is where it is quantized. `block_size`, `symmetric` and
-    `head_bits` are for layers that are rounded here.
+    `head_bits` are for layers that are rounded here. `kv_cache` int8 takes its scales from the checkpoint.
     """
 
     precision: str | None = None
@@ -62,6 +63,7 @@ class ExportOptions:
     block_size: int = 128
     symmetric: bool = True
     head_bits: int = 8
+    kv_cache: str = "float"
     max_tokens: int | None = None
     mrope_rule: str = "released"
     target: str = "cpu"
@@ -142,11 +144,24 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:
     max_tokens = min(DEFAULT_MAX_TOKENS, longest) if options.max_tokens is None else options.max_tokens
     if not 1 <= max_tokens <= longest:
         raise InputError(f"max tokens is {max_tokens}, expected 1 to {longest} (the model's max_position_embeddings)")
-    return _Plan(
-        vision_precision(vision),
-        decoder_precision(decoder, options.block_size, options.symmetric, options.head_bits),
-        max_tokens,
-    )
+    graphs = decoder_precision(decoder, options.block_size, options.symmetric, options.head_bits)
+    if _int8_cache(checkpoint, options):
+        graphs = tuple(replace(precision, cache="int8") for precision in graphs)
+    return _Plan(vision_precision(vision), graphs, max_tokens)
+
+
+def _int8_cache(checkpoint: Checkpoint, options: ExportOptions) -> bool:
+    if options.kv_cache not in KV_CACHES:
+        raise InputError(f"KV cache {options.kv_cache!r} is unknown; expected one of {', '.join(KV_CACHES)}")
+    if options.kv_cache == "float":
+        return False
+    if options.target != "cpu":
+        raise InputError(
+            f"an INT8 KV cache is offered for target cpu only (ONNX Runtime), not for {options.target!r}; leave "
+            "--kv-cache away"
+        )
+    checkpoint.cache.check()
+    return True
 
 
 def _precisions(checkpoint: Checkpoint, options: ExportOptions) -> tuple[str, str]:
@@ -191,7 +206,7 @@ def _write(
     with DataFile(folder / "decoder.onnx.data", on_tensor) as data:
         roles = ("prefill", "decoder") if len(plan.decoder) == 2 else ("decoder",)
         for role, precision in zip(roles, plan.decoder):
-            spec = decoder_spec(config, precision.dtype, role)
+            spec = decoder_spec(config, precision.dtype, role, precision.cache)
             dialect = OrtDialect(spec, config, checkpoint, data, precision)
             write_decoder(dialect, config.text)
             dialect.builder.save(folder / f"{role}.onnx")
@@ -209,7 +224,7 @@ def _write(
         target=options.target,
         precision=_precision_name(plan),
         max_tokens=plan.max_tokens,
-        requires={"onnxruntime": LEAST_ONNXRUNTIME},
+        requires={"onnxruntime": LEAST_ONNXRUNTIME_INT8_CACHE if plan.decoder[0].cache else LEAST_ONNXRUNTIME},
         graphs=graphs,
         files=files,
         edgevl_version=importlib.metadata.version("edgevl"),
@@ -223,7 +238,8 @@ def _write(
 
 def _precision_name(plan: _Plan) -> str:
     decoder = "hybrid" if len(plan.decoder) == 2 else plan.decoder[0].name
-    return f"vision {plan.vision.name}, decoder {decoder}"
+    cache = ", KV cache int8" if plan.decoder[0].cache else ""
+    return f"vision {plan.vision.name}, decoder {decoder}{cache}"
 
 
 def _check_output(target: Path, overwrite: bool) -> None:
