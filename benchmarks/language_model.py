@@ -43,16 +43,17 @@ class Variant:
 
 
 _PLAIN = ("--decoder-precision", "fp32")
+_GROUP = ("--group-size", "64")  # 128 does not divide the width of 576
 VARIANTS = {
-    "rtn-int4": Variant(("--recipe", "rtn-int4")),
-    "rtn-int4-clip": Variant(("--recipe", "rtn-int4-clip")),
-    "gptq-int4": Variant(("--recipe", "gptq-int4")),
-    "gptq-int4-asymmetric": Variant(("--recipe", "gptq-int4", "--asymmetric")),
-    "gptq-int4-sequential": Variant(("--recipe", "gptq-int4", "--true-sequential")),
+    "rtn-int4": Variant(("--recipe", "rtn-int4", *_GROUP)),
+    "rtn-int4-clip": Variant(("--recipe", "rtn-int4-clip", *_GROUP)),
+    "gptq-int4": Variant(("--recipe", "gptq-int4", *_GROUP)),
+    "gptq-int4-asymmetric": Variant(("--recipe", "gptq-int4", *_GROUP, "--asymmetric")),
+    "gptq-int4-sequential": Variant(("--recipe", "gptq-int4", *_GROUP, "--true-sequential")),
     "gptq-int4-g32": Variant(("--recipe", "gptq-int4-g32")),
-    "gptq-int4-down8": Variant(("--recipe", "gptq-int4-down8")),
-    "gptq-int4-head4": Variant(("--recipe", "gptq-int4"), ("--head-bits", "4")),
-    "int8": Variant(("--recipe", "int8")),
+    "gptq-int4-down8": Variant(("--recipe", "gptq-int4-down8", *_GROUP)),
+    "gptq-int4-head4": Variant(("--recipe", "gptq-int4", *_GROUP), ("--head-bits", "4")),
+    "int8": Variant(("--recipe", "int8", *_GROUP)),
     "w8a8": Variant(("--recipe", "w8a8")),
     "w8a8-export": Variant(None, ("--decoder-precision", "int8")),
     "kv-int8": Variant(("--recipe", "kv-int8"), (*_PLAIN, "--kv-cache", "int8")),
@@ -63,7 +64,7 @@ _CALIBRATION = (
     *("pathlib", "pickle", "random", "shutil", "smtplib", "statistics", "subprocess", "tarfile", "threading", "urllib"),
 )
 _HELD_OUT = ("bisect", "concurrent", "copy", "decimal", "functools", "gettext", "json", "ssl", "textwrap", "uuid")
-_CHARACTERS = (300, 900)  # of an answer: shorter docstrings are left out, longer ones are cut
+_CHARACTERS = (300, 700)  # of an answer: shorter docstrings are left out, longer ones are cut
 _OWN = {
     "Tell me a short story about a lighthouse.": (
         "For thirty years nobody had climbed the lighthouse at the end of the bay. Then, one winter, a girl from the "
@@ -86,7 +87,7 @@ _OWN = {
     ),
     "Explain why the sky is red in the evening.": (
         "In the evening the light of the sun comes in at a low angle and crosses much more air than at noon. On its "
-        "way the short waves, blue and violet, are scattered to all sides, so little of them is left when it reaches us. "
+        "way the short waves, blue and violet, are scattered to all sides, so little of them is left at the end. "
         "The long waves, orange and red, go almost straight on. Dust and water drops in the air make the colours "
         "stronger, which is why the sky can be so bright after a volcano has erupted or when rain is near."
     ),

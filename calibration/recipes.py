@@ -69,6 +69,11 @@ def recipe(
     Raises:
         InputError: an unknown name, a value that is not offered, or an option that the recipe has no use for.
     """
+    if name == "hybrid":
+        raise InputError(
+            "recipe 'hybrid' is int4 for decode and int8 for prefill, which no checkpoint format holds together; "
+            "quantize with gptq-int4, then `edgevl export QCHECKPOINT -o BUNDLE --prefill-from CHECKPOINT`"
+        )
     if name not in RECIPES:
         raise InputError(f"recipe {name!r} is unknown; expected one of {', '.join(RECIPES)}")
     chosen = RECIPES[name]

@@ -68,6 +68,11 @@ __all__ = ["export"]
     help=f"{' or '.join(KV_CACHES)}: int8 takes its scales from a checkpoint of `edgevl quantize --kv-cache int8`.",
 )
 @click.option(
+    "--prefill-from",
+    metavar="ORIGINAL",
+    help="Makes a GPTQ or AWQ checkpoint hybrid: prefill in int8, rounded from the checkpoint that was quantized.",
+)
+@click.option(
     "--max-tokens",
     type=int,
     metavar="N",
@@ -90,7 +95,7 @@ def export(checkpoint: str, output: str, asymmetric: bool, overwrite: bool, no_v
       edgevl export Qwen2-VL-2B-Instruct -o bundle --precision hybrid
     """
     chosen = ExportOptions(symmetric=not asymmetric, **options)
-    finish = None if no_verify else functools.partial(_golden, checkpoint)
+    finish = None if no_verify else functools.partial(_golden, chosen.prefill_from or checkpoint)
     with tqdm(unit="B", unit_scale=True, desc="weights", file=sys.stderr, disable=None, leave=False) as bar:
 
         def progress(name: str, size: int, total: int) -> None:

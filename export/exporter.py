@@ -11,7 +11,7 @@ import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class ExportOptions:
 
     `precision` defaults to int4, and to what the checkpoint is where it is quantized. `block_size`, `symmetric` and
     `head_bits` are for layers that are rounded here. `kv_cache` int8 takes its scales from the checkpoint.
+    `prefill_from` makes a weight-only quantized checkpoint hybrid: prefill in W8A8, rounded from the original there.
     """
 
     precision: str | None = None
@@ -64,6 +65,7 @@ class ExportOptions:
     symmetric: bool = True
     head_bits: int = 8
     kv_cache: str = "float"
+    prefill_from: str | None = None
     max_tokens: int | None = None
     mrope_rule: str = "released"
     target: str = "cpu"
@@ -93,6 +95,7 @@ class _Plan:
     vision: Precision
     decoder: tuple[Precision, ...]
     max_tokens: int
+    original: Checkpoint | None = None  # what a prefill graph is rounded from, where it is not the checkpoint itself
 
 
 def export_bundle(
@@ -119,8 +122,10 @@ def export_bundle(
     started = time.monotonic()
     target = Path(output).absolute()
     _check_output(target, overwrite)
-    with Checkpoint.open(source) as checkpoint:
-        plan = _plan(checkpoint, options)
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint.open(source))
+        original = options.prefill_from and stack.enter_context(Checkpoint.open(options.prefill_from))
+        plan = _plan(checkpoint, options, original or None)
         _check_space(target, checkpoint, plan)
         with _partial_folder(target, overwrite) as folder:
             bundle = _write(checkpoint, folder, plan, options, progress)
@@ -132,7 +137,7 @@ def export_bundle(
     return ExportReport(Path(output), parts, time.monotonic() - started, peak_rss_bytes())
 
 
-def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:
+def _plan(checkpoint: Checkpoint, options: ExportOptions, original: Checkpoint | None = None) -> _Plan:
     if options.target not in TARGETS:
         raise InputError(f"target {options.target!r} is not supported by this version; expected {', '.join(TARGETS)}")
     if options.precision is not None and options.precision not in PRECISIONS:
@@ -144,10 +149,37 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:
     max_tokens = min(DEFAULT_MAX_TOKENS, longest) if options.max_tokens is None else options.max_tokens
     if not 1 <= max_tokens <= longest:
         raise InputError(f"max tokens is {max_tokens}, expected 1 to {longest} (the model's max_position_embeddings)")
-    graphs = decoder_precision(decoder, options.block_size, options.symmetric, options.head_bits)
+    rounding = (options.block_size, options.symmetric, options.head_bits)
+    graphs = decoder_precision(decoder, *rounding)
+    if original is not None:
+        _check_original(checkpoint, original, decoder)
+        graphs = (*decoder_precision("int8", *rounding), *graphs)
     if _int8_cache(checkpoint, options):
         graphs = tuple(replace(precision, cache="int8") for precision in graphs)
-    return _Plan(vision_precision(vision), graphs, max_tokens)
+    return _Plan(vision_precision(vision), graphs, max_tokens, original)
+
+
+def _check_original(checkpoint: Checkpoint, original: Checkpoint, decoder: str) -> None:
+    """A prefill graph of another checkpoint must write the KV cache that decode reads: the same model, and no smoothing
+    of v_proj into o_proj, so nothing quantized."""
+    if checkpoint.quantization is None or decoder not in ("int4", "int8-weights"):
+        raise InputError(
+            f"{checkpoint.folder}: --prefill-from goes with a checkpoint of quantized weights (GPTQ, AWQ); "
+            "a plain one becomes hybrid with --decoder-precision hybrid"
+        )
+    if original.quantization is not None:
+        raise InputError(
+            f"{original.folder}: quantized ({original.quantization.method}); --prefill-from needs the unquantized "
+            "checkpoint, the one that was quantized"
+        )
+    for part, ours in checkpoint.config.to_dict().items():
+        theirs = original.config.to_dict()[part]
+        wrong = [key for key in ours if ours[key] != theirs[key]]
+        if wrong:
+            raise InputError(
+                f"{original.folder}: {part} {wrong[0]} is {theirs[wrong[0]]!r}, in the quantized checkpoint "
+                f"{ours[wrong[0]]!r}; give the checkpoint that was quantized"
+            )
 
 
 def _int8_cache(checkpoint: Checkpoint, options: ExportOptions) -> bool:
@@ -205,9 +237,12 @@ def _write(
     files["vision.onnx.data"] = FileEntry((folder / "vision.onnx.data").stat().st_size, digest)
     with DataFile(folder / "decoder.onnx.data", on_tensor) as data:
         roles = ("prefill", "decoder") if len(plan.decoder) == 2 else ("decoder",)
-        for role, precision in zip(roles, plan.decoder):
+        sources = (plan.original or checkpoint, checkpoint) if len(plan.decoder) == 2 else (checkpoint,)
+        parts = list(zip(roles, plan.decoder, sources))
+        # What both graphs share, such as the table and the scales of the cache, is the quantized checkpoint's.
+        for role, precision, read in reversed(parts) if plan.original else parts:
             spec = decoder_spec(config, precision.dtype, role, precision.cache)
-            dialect = OrtDialect(spec, config, checkpoint, data, precision)
+            dialect = OrtDialect(spec, config, read, data, precision)
             write_decoder(dialect, config.text)
             dialect.builder.save(folder / f"{role}.onnx")
             graphs[role] = GraphEntry(f"{role}.onnx", precision.name, spec)
@@ -230,6 +265,7 @@ def _write(
         edgevl_version=importlib.metadata.version("edgevl"),
         options={
             **asdict(options),
+            "prefill_from": options.prefill_from and Path(options.prefill_from).name,
             "precision": options.precision or (DEFAULT_PRECISION if checkpoint.quantization is None else None),
             "source_quantization": checkpoint.describe_quantization(),
         },
@@ -301,7 +337,7 @@ def _expected_bytes(checkpoint: Checkpoint, plan: _Plan) -> int:
             continue
         layer = checkpoint.layer(name) if name.endswith(".weight") else None
         if layer is not None:
-            total += _quantized_bytes(layer)
+            total += _quantized_bytes(layer) + (size + 4 * shape[0] if plan.original else 0)
             continue
         precisions = (plan.vision,) if name.startswith("visual.") else plan.decoder
         is_table = name in ("model.embed_tokens.weight", "lm_head.weight")
