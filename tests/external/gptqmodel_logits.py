@@ -61,7 +61,11 @@ def renamed(folder: Path, target: Path) -> Path:
         tensors = {}
         for name, value in load_file(path).items():
             new = name.replace("visual.", "model.visual.", 1) if name.startswith("visual.") else name
-            new = new.replace("model.", "model.language_model.", 1) if new.startswith(("model.l", "model.e", "model.n")) else new
+            new = (
+                new.replace("model.", "model.language_model.", 1)
+                if new.startswith(("model.l", "model.e", "model.n"))
+                else new
+            )
             tensors[new], index[new] = value, path.name
         save_file(tensors, path, {"format": "pt"})
     (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
@@ -85,13 +89,16 @@ def main(plain: Path, quantized: Path) -> int:
     from gptqmodel import BACKEND, GPTQModel
 
     reference = transformers.Qwen2VLForConditionalGeneration.from_pretrained(plain, dtype=torch.float32).eval()
-    names = {k.replace("model.language_model.", "model.").replace("model.visual.", "visual."): k for k in reference.state_dict()}
+    names = {
+        k.replace("model.language_model.", "model.").replace("model.visual.", "visual."): k
+        for k in reference.state_dict()
+    }
     weights = {names[k]: v for k, v in dequantized(quantized).items() if k in names}
     missing = [k for k in names if "lm_head" not in k and names[k] not in weights]
     assert not missing, f"not in the quantized checkpoint: {missing[:3]}"
     original = {k: v.clone() for k, v in reference.state_dict().items()}
     reference.load_state_dict(weights, strict=False)
-    # Its kernels are offered for 16 bits; their arithmetic is that of the input, so everything is widened after loading.
+    # Its kernels are offered for 16 bits; they compute in the input's type, so everything is widened after loading.
     with tempfile.TemporaryDirectory() as temporary:
         copy = renamed(quantized, Path(temporary) / "renamed")
         loaded = GPTQModel.load(str(copy), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
@@ -105,7 +112,8 @@ def main(plain: Path, quantized: Path) -> int:
         plain_logits = reference(**given).logits
     error = float((ours - theirs).norm() / ours.norm())
     moved = float((ours - plain_logits).norm() / ours.norm())
-    print(f"gptqmodel's {', '.join(kinds)} against the textbook: relative error {error:.1e} (quantization itself {moved:.1e})")
+    shares = f"relative error {error:.1e} (quantization itself {moved:.1e})"
+    print(f"gptqmodel's {', '.join(kinds)} against the textbook: {shares}")
     return 0 if kinds and error < 0.05 * moved else 1
 
 

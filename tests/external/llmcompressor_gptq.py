@@ -65,7 +65,10 @@ def main(plain: Path, conversations: Path, *quantized: Path) -> None:
     original = logits(load(), held_out)
     for folder in quantized:
         model = load()
-        names = {k.replace("model.language_model.", "model.").replace("model.visual.", "visual."): k for k in model.state_dict()}
+        names = {
+            k.replace("model.language_model.", "model.").replace("model.visual.", "visual."): k
+            for k in model.state_dict()
+        }
         model.load_state_dict({names[k]: v for k, v in dequantized(folder).items() if k in names}, strict=False)
         print(f"edgevl, {folder.name}: {divergence(original, logits(model, held_out))}", flush=True)
     loader = DataLoader(samples, batch_size=1, collate_fn=lambda batch: inputs(batch[0]))
