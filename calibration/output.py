@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,9 +43,19 @@ def as_stored(checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file under a temporary name and rename it."""
+    """Write a safetensors file under a temporary name and rename it.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
     partial = path.with_name(f"{path.name}.partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
+    except SafetensorError as e:  # it tells of the system's errors in words alone
+        number = re.search(r"os error (\d+)", str(e))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(e)) from None
     partial.replace(path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import random_model, save_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -111,6 +112,24 @@ def test_an_output_that_is_there_is_left_alone(place: Path, capfd: pytest.Captur
     assert (place / "taken" / "notes.txt").read_text() == "mine"
     line = failed(capfd, ["quantize", str(place / "plain"), "-o", str(place / "no" / "q"), *rounding])
     assert "no such folder; create it, or choose another output" in line
+
+
+def test_a_shard_that_finds_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library tells of a full disk in a class of its own (seen on a small tmpfs)."""
+    from edgevl.calibration import output
+
+    real = output.save_file
+
+    def message(*_: Any, **__: Any) -> None:
+        raise output.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(output, "save_file", message)
+    with pytest.raises(OSError) as told:
+        output.save_shard(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
+    assert told.value.errno == errno.ENOSPC
+    monkeypatch.setattr(output, "save_file", real)
+    with pytest.raises(OSError):
+        output.save_shard(tmp_path / "nowhere" / "x.safetensors", {"a": torch.zeros(3)})
 
 
 @pytest.mark.parametrize("where", ["activations", "shard", "rest"])
