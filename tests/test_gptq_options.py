@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,7 +134,8 @@ def test_codes_are_gptqs_on_those_inputs(
 def test_the_options_change_the_codes(tmp_path: Path, plain: Path) -> None:
     """So that the test above cannot pass with options that do nothing."""
     found = []
-    for i, options in enumerate([{}, {"true_sequential": True}, {"visual_weight": 0.25}, {"visual_weight": 1.0}]):
+    variants: list[dict[str, Any]] = [{}, {"true_sequential": True}, {"visual_weight": 0.25}, {"visual_weight": 1.0}]
+    for i, options in enumerate(variants):
         quantize_checkpoint(plain, tmp_path / str(i), recipe("gptq-int4", GROUP, **options), samples())
         found.append(tensors_of(tmp_path / str(i)))
     name = "model.layers.0.mlp.down_proj.qweight"

@@ -71,7 +71,8 @@ def main(plain: Path, conversations: Path, *quantized: Path) -> None:
         }
         model.load_state_dict({names[k]: v for k, v in dequantized(folder).items() if k in names}, strict=False)
         print(f"edgevl, {folder.name}: {divergence(original, logits(model, held_out))}", flush=True)
-    loader = DataLoader(samples, batch_size=1, collate_fn=lambda batch: inputs(batch[0]))
+    anything: Any = samples  # a list will do
+    loader = DataLoader(anything, batch_size=1, collate_fn=lambda batch: inputs(batch[0]))
     modifiers = {"GPTQ": GPTQModifier, "round to nearest": QuantizationModifier}
     for name, modifier in modifiers.items():
         model = load()
