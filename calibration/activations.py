@@ -5,6 +5,7 @@ Knows sequences of rows, not what they mean.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,10 +47,15 @@ class Activations:
 
         Raises:
             ValueError: a sequence of another length or width.
+            OSError: the disk is full, which is found before the first is written.
         """
         partial = self.path.with_suffix(".partial")
         shape = (int(self._bounds[-1]), self.width)
         whole = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            # The file is all holes so far: a page that finds no room on the disk would end the process by a signal.
+            with partial.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         count = 0
         for (start, stop), sequence in zip(zip(self._bounds, self._bounds[1:]), sequences):
             if sequence.shape != (stop - start, self.width):

@@ -31,6 +31,12 @@ _HELD_OUT = 8  # samples on which the divergence is measured, never calibrated o
     "--samples", default=64, show_default=True, type=click.IntRange(1), metavar="N", help="Conversations used."
 )
 @click.option("--group-size", type=int, metavar="N", help="32, 64, 128, or -1 for whole rows [default: the recipe's].")
+@click.option("--asymmetric", is_flag=True, help="Zero points: a little better, not for TensorRT (gptq_v2 is written).")
+@click.option("--true-sequential", is_flag=True, help="GPTQ sees every group's inputs as quantized so far; slower.")
+@click.option("--visual-weight", type=float, metavar="X", help="Of a picture's token in GPTQ's Hessian [default: 1].")
+@click.option(
+    "--kv-cache", default="float", show_default=True, metavar="K", help="int8 adds the scales of an INT8 KV cache."
+)
 @click.option("--max-pixels", type=int, help="Shrink pictures to at most this many pixels.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Which pictures, in which order.")
 @click.option("--max-kl", type=float, metavar="X", help="Publish nothing when the KL to the original is larger.")
@@ -42,7 +48,8 @@ def quantize(checkpoint: str, output: str, recipe_name: str, images: str | None,
     Example:
       edgevl quantize Qwen2-VL-2B-Instruct -o 2b-gptq --recipe gptq-int4 --images photos
     """
-    chosen = recipe(recipe_name, options["group_size"])
+    keys = ("asymmetric", "true_sequential", "visual_weight", "kv_cache")
+    chosen = recipe(recipe_name, options["group_size"], **{k: options[k] for k in keys})
     samples, held_out = _samples(checkpoint, chosen, images, options)
     with tqdm(unit="layer", file=sys.stderr, disable=None, leave=False) as bar:
 
@@ -92,13 +99,16 @@ def _summary(report: QuantizeReport) -> str:
     rows = []
     for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         layers = [r for r in report.layers if r.name.endswith(kind)]
+        if not layers:
+            continue
         known = [(r.error, r.rtn_error) for r in layers if r.error is not None and r.rtn_error is not None]
         errors = [f"{sum(e) / len(known):.2e}" for e in zip(*known)] or ["", ""]
         rows.append((kind, layers[0].bits, len(layers), *errors))
     headers = ("layers", "bits", "count", "output error", "rounded to nearest")
-    lines = [
-        tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=("left", *["right"] * 4))
-    ]
+    lines = []
+    if rows:
+        align = ("left", *["right"] * 4)
+        lines.append(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=align))
     if report.divergence is not None:
         d = report.divergence
         lines.append(f"KL to the original {d.kl:.4f}, same top token {d.top1:.1%}, over {d.tokens:,} held-out tokens")

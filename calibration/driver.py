@@ -26,8 +26,9 @@ from edgevl.calibration.activations import Activations
 from edgevl.calibration.dataset import Sample
 from edgevl.calibration.fidelity import Divergence, DivergenceSum
 from edgevl.calibration.formats import BlockQuantized, quantize_channels
-from edgevl.calibration.gptq import HessianAccumulator, gptq_quantize, output_error
+from edgevl.calibration.gptq import HessianAccumulator, gptq_quantize, output_error, token_weights
 from edgevl.calibration.grids import dequantized, round_to_nearest
+from edgevl.calibration.kv_cache import CacheWatch, chained, rounded_cache
 from edgevl.calibration.layers import DECODER_GROUPS, Watch, decoder_layer
 from edgevl.calibration.observers import RangeObserver
 from edgevl.calibration.output import as_stored, save_shard, shard_name, write_rest
@@ -167,6 +168,8 @@ class _Run:
         extra: dict[str, Any] = {} if watch is None else {"watch": watch}
         for sample, hidden in zip(self.streams[stream], self.hidden(stream, layer).read()):
             cos, sin = self._rows(sample)
+            if isinstance(watch, _Observed):
+                watch.begin(sample)
             yield decoder_layer(hidden, weights, cos, sin, self.checkpoint.config.text, **extra)
 
     def reports(self, layer: int) -> list[LayerReport]:
@@ -252,17 +255,23 @@ def _prepare(run: _Run, resume: bool) -> None:
 class _Observed:
     """What a recipe needs to know of the inputs of one layer's linear layers, by point of DECODER_GROUPS."""
 
-    def __init__(self, recipe: Recipe, layer: int) -> None:
-        self._layer = layer
+    def __init__(self, recipe: Recipe, layer: int, points: Sequence[str] = tuple(DECODER_GROUPS)) -> None:
+        self._layer, self._points, self._recipe = layer, points, recipe
         self._make = RangeObserver if recipe.method == "w8a8" else HessianAccumulator
         self._by_point: dict[str, Any] = {}
+        self._weights: tuple[Tensor, ...] = ()
+
+    def begin(self, sample: Sample) -> None:
+        """What comes next is of `sample`."""
+        if self._recipe.visual_weight != 1.0:
+            self._weights = (token_weights(torch.from_numpy(sample.visual), self._recipe.visual_weight),)
 
     def __call__(self, point: str, x: Tensor) -> None:
-        if point not in DECODER_GROUPS:
+        if point not in self._points:
             return
         if point not in self._by_point:
             self._by_point[point] = self._make(x.shape[-1], f"model.layers.{self._layer}, input of {point}")
-        self._by_point[point].add(x)
+        self._by_point[point].add(x, *self._weights)
 
     def hessian(self, point: str) -> Tensor | None:
         return self._by_point[point].hessian if point in self._by_point else None
@@ -288,12 +297,10 @@ def _quantize_layer(run: _Run, layer: int) -> None:
     """Statistics with the original weights, codes, and the layer's outputs with the quantized ones."""
     run.progress(layer, run.layers, "calibrating")
     weights = layer_weights(run.checkpoint, layer)
-    seen = _Observed(run.recipe, layer)
-    if run.recipe.needs_samples:
-        for _ in run.outputs("samples", layer, weights, seen):
-            pass
-    done = (_to_channels if run.recipe.method == "w8a8" else _to_blocks)(run, layer, weights, seen)
-    packed = {f"{name}.weight" for names in DECODER_GROUPS.values() for name in names}
+    first = next(iter(DECODER_GROUPS)) if run.recipe.true_sequential else None
+    done = _METHODS[run.recipe.method](run, layer, weights, _observed(run, layer, weights, first))
+    quantized = {report.name.removeprefix(f"model.layers.{layer}.") for report in done.reports}
+    packed = {f"{name}.weight" for name in quantized}
     for name, value in done.weights.items():
         if name not in packed:
             full = f"model.layers.{layer}.{name}"
@@ -301,25 +308,48 @@ def _quantize_layer(run: _Run, layer: int) -> None:
             same = torch.equal(value, weights[name])
             done.tensors[full] = as_stored(run.checkpoint, full, value) if same else value
     activations = round_tokens if run.recipe.method == "w8a8" else None
-    for stream in run.streams:
-        how = (weights, None) if stream == "original" else (done.weights, activations)
+    cache = CacheWatch(run.checkpoint.config.text, f"model.layers.{layer}") if run.recipe.kv_cache else None
+    for stream in run.streams:  # samples come first: the cache's scales are those of the layer that will run
+        rounded = rounded_cache(cache.observer.scales()) if cache and stream == "quantized" else None
+        watch = chained(activations, cache if stream == "samples" else rounded)
+        how = (weights, None) if stream == "original" else (done.weights, watch)
         run.hidden(stream, layer + 1).write(run.outputs(stream, layer, *how))
+    if cache is not None:
+        done.tensors |= cache.tensors(f"model.layers.{layer}.self_attn")
     _replace(run.folder / f"layer-{layer:03d}.json", json.dumps([asdict(r) for r in done.reports]))
     save_shard(run.shard(layer), done.tensors)
     for stream in run.streams:
         run.hidden(stream, layer).remove()
 
 
+def _observed(run: _Run, layer: int, weights: Mapping[str, Tensor], point: str | None = None) -> _Observed:
+    """The samples through one layer, watched at `point` or everywhere."""
+    seen = _Observed(run.recipe, layer) if point is None else _Observed(run.recipe, layer, (point,))
+    if run.recipe.method != "none" and run.recipe.needs_samples:
+        for _ in run.outputs("samples", layer, weights, seen):
+            pass
+    return seen
+
+
+def _as_they_are(run: _Run, layer: int, weights: Mapping[str, Tensor], seen: _Observed) -> _Quantized:
+    """Nothing is quantized but the cache."""
+    return _Quantized({}, dict(weights), [])
+
+
 def _to_blocks(run: _Run, layer: int, weights: Mapping[str, Tensor], seen: _Observed) -> _Quantized:
     """Weight-only codes in blocks."""
     done = _Quantized({}, dict(weights), [])
-    for point, names in DECODER_GROUPS.items():
+    version = 1 if run.recipe.symmetric else 2
+    for number, (point, names) in enumerate(DECODER_GROUPS.items()):
+        if number and run.recipe.true_sequential:
+            run.progress(layer, run.layers, f"input of {point}")
+            seen = _observed(run, layer, done.weights, point)
         for name in names:
             run.progress(layer, run.layers, name)
             full = f"model.layers.{layer}.{name}"
             codes, report = _quantize_weight(run.recipe, full, weights[f"{name}.weight"], seen.hessian(point))
             done.weights[f"{name}.weight"] = dequantized(codes)
-            done.tensors |= {f"{full}.{k}": torch.from_numpy(v) for k, v in pack_gptq(codes).items()}
+            done.tensors |= {f"{full}.{k}": torch.from_numpy(v) for k, v in pack_gptq(codes, version).items()}
             done.reports.append(report)
         seen.forget(point)
     return done
@@ -339,6 +369,9 @@ def _to_channels(run: _Run, layer: int, weights: Mapping[str, Tensor], seen: _Ob
             done.tensors |= {f"{full}.{k}": torch.from_numpy(v) for k, v in pack_int8(codes).items()}
             done.reports.append(LayerReport(full, 8, None, None, None))
     return done
+
+
+_METHODS = {"none": _as_they_are, "rtn": _to_blocks, "gptq": _to_blocks, "w8a8": _to_channels}
 
 
 def round_tokens(point: str, x: Tensor) -> Tensor | None:

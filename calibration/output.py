@@ -1,25 +1,28 @@
 """Writes a quantized checkpoint's files: shards, index, configs, and what is copied from the original.
 
 Weight-only layers are laid out as AutoGPTQ does, which GPTQModel, vLLM and transformers read; W8A8 as
-compressed-tensors does ("int-quantized"). Names are the released ones, the rest is as it was, and
-`quantization_config` is in config.json (GPTQ's again in quantize_config.json).
+compressed-tensors does ("int-quantized"), and so are the scales of an INT8 KV cache (`k_scale`, `v_scale`). Names are
+the released ones, the rest is as it was, and `quantization_config` is in config.json (GPTQ's again in
+quantize_config.json).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from edgevl.calibration.recipes import Recipe
+from edgevl.runtime.cache_scales import KV_SCHEME_KEY, cache_scheme
 from edgevl.runtime.checkpoint import Checkpoint
 
 __all__ = ["as_stored", "quantization_config", "save_shard", "shard_name", "write_rest"]
@@ -40,16 +43,27 @@ def as_stored(checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file under a temporary name and rename it."""
+    """Write a safetensors file under a temporary name and rename it.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
     partial = path.with_name(f"{path.name}.partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
+    except SafetensorError as e:  # it tells of the system's errors in words alone
+        number = re.search(r"os error (\d+)", str(e))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(e)) from None
     partial.replace(path)
 
 
 def quantization_config(recipe: Recipe) -> dict[str, Any]:
     """The dictionary that readers of such checkpoints look for."""
     meta = {"quantizer": [f"edgevl:{importlib.metadata.version('edgevl')}"], "recipe": recipe.name}
-    return {**(_compressed_tensors() if recipe.method == "w8a8" else _gptq(recipe)), "meta": meta}
+    said = {"w8a8": _compressed_tensors, "none": _plain}.get(recipe.method, lambda: _gptq(recipe))()
+    return {**said, **({KV_SCHEME_KEY: cache_scheme()} if recipe.kv_cache else {}), "meta": meta}
 
 
 def _gptq(recipe: Recipe) -> dict[str, Any]:
@@ -61,9 +75,10 @@ def _gptq(recipe: Recipe) -> dict[str, Any]:
         "sym": recipe.symmetric,
         "desc_act": False,
         "static_groups": True,
-        "true_sequential": False,
+        "true_sequential": recipe.true_sequential,
         "damp_percent": 0.01,
-        "checkpoint_format": "gptq",
+        # Version 1 stores zero points less one and has no code for 0.
+        "checkpoint_format": "gptq" if recipe.symmetric else "gptq_v2",
         "pack_dtype": "int32",
         "lm_head": False,
         "modules_in_block_to_quantize": None,
@@ -91,6 +106,12 @@ def _compressed_tensors() -> dict[str, Any]:
     }
 
 
+def _plain() -> dict[str, Any]:
+    """No layer is quantized, only the cache."""
+    common = {"quantization_status": "compressed", "config_groups": {}, "ignore": []}
+    return {"quant_method": "compressed-tensors", "format": "dense", **common}
+
+
 def write_rest(checkpoint: Checkpoint, folder: Path, layers: int, recipe: Recipe) -> None:
     """The two shards that hold no layer, the index over all shards, configs and the other files."""
     parts: tuple[list[str], list[str]] = ([], [])
@@ -109,7 +130,7 @@ def write_rest(checkpoint: Checkpoint, folder: Path, layers: int, recipe: Recipe
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     quantization = quantization_config(recipe)
     _put(folder / "config.json", {**config, "quantization_config": quantization})
-    if recipe.method != "w8a8":
+    if quantization["quant_method"] == "gptq":
         _put(folder / "quantize_config.json", quantization)
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHTS) and not (folder / path.name).exists():

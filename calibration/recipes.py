@@ -14,7 +14,9 @@ class Recipe:
     """bits and group_size of the layers; down_bits: of down_proj, which makes a third of int4's damage and which error
     feedback helps least; method: `rtn` rounds to nearest, `gptq` spreads every column's error over the later ones,
     `w8a8` rounds weights to int8 per output channel for activations in int8 per token, after SmoothQuant on all four
-    points with `alpha`."""
+    points with `alpha`; `none` leaves the weights. kv_cache: scales of an INT8 KV cache are added. true_sequential:
+    every group of layers sees inputs from the groups before it as quantized, for four times the passes. visual_weight:
+    how much a picture's token counts in GPTQ's Hessian against a word's."""
 
     name: str
     method: str
@@ -24,11 +26,14 @@ class Recipe:
     clip: bool = True
     down_bits: int = 0  # 0: as `bits`
     alpha: float = 0.0  # of w8a8
+    kv_cache: bool = False
+    true_sequential: bool = False
+    visual_weight: float = 1.0
 
     @property
     def needs_samples(self) -> bool:
         """Rounding to nearest needs data only to weigh its clip search."""
-        return self.method != "rtn" or self.clip
+        return self.method not in ("rtn", "none") or self.clip or self.kv_cache
 
     def bits_of(self, layer: str) -> int:
         """Of a linear layer by its name, such as `model.layers.0.mlp.down_proj`."""
@@ -45,22 +50,55 @@ RECIPES = {
         Recipe("rtn-int4-clip", "rtn", 4, 128),
         Recipe("int8", "rtn", 8, 128, clip=False),
         Recipe("w8a8", "w8a8", 8, -1, clip=False, alpha=0.5),
+        Recipe("kv-int8", "none", 0, -1, clip=False, kv_cache=True),
     )
 }
 
 
-def recipe(name: str, group_size: int | None = None) -> Recipe:
-    """The recipe `name`, with another group size if given.
+def recipe(
+    name: str,
+    group_size: int | None = None,
+    *,
+    asymmetric: bool = False,
+    true_sequential: bool = False,
+    visual_weight: float | None = None,
+    kv_cache: str = "float",
+) -> Recipe:
+    """The recipe `name`, with another group size, zero points, GPTQ's options or an INT8 KV cache if given.
 
     Raises:
-        InputError: an unknown name, or a group size that is not offered.
+        InputError: an unknown name, a value that is not offered, or an option that the recipe has no use for.
     """
+    if name == "hybrid":
+        raise InputError(
+            "recipe 'hybrid' is int4 for decode and int8 for prefill, which no checkpoint format holds together; "
+            "quantize with gptq-int4, then `edgevl export QCHECKPOINT -o BUNDLE --prefill-from CHECKPOINT`"
+        )
     if name not in RECIPES:
         raise InputError(f"recipe {name!r} is unknown; expected one of {', '.join(RECIPES)}")
-    if group_size is None:
-        return RECIPES[name]
-    if RECIPES[name].method == "w8a8":
-        raise InputError(f"recipe {name!r} has one scale per output channel; leave the group size out")
-    if group_size not in (-1, 32, 64, 128):
-        raise InputError(f"group size {group_size} is not offered; expected 32, 64, 128, or -1 for whole rows")
-    return replace(RECIPES[name], group_size=group_size)
+    chosen = RECIPES[name]
+    if group_size is not None:
+        if chosen.method not in ("rtn", "gptq"):
+            raise InputError(f"recipe {name!r} has no groups, got a group size of {group_size}; leave it out")
+        if group_size not in (-1, 32, 64, 128):
+            raise InputError(f"group size {group_size} is not offered; expected 32, 64, 128, or -1 for whole rows")
+        chosen = replace(chosen, group_size=group_size)
+    if asymmetric:
+        if chosen.method not in ("rtn", "gptq"):
+            raise InputError(f"recipe {name!r} has no zero points; leave --asymmetric away, or take a weight-only one")
+        chosen = replace(chosen, symmetric=False)
+    if (true_sequential or visual_weight is not None) and chosen.method != "gptq":
+        raise InputError(
+            f"recipe {name!r} does not use GPTQ; --true-sequential and --visual-weight are for "
+            f"{', '.join(r.name for r in RECIPES.values() if r.method == 'gptq')}"
+        )
+    if visual_weight is not None and not 0 < visual_weight <= 100:
+        raise InputError(f"the weight of visual tokens is {visual_weight}, expected more than 0 and at most 100")
+    if kv_cache not in ("float", "int8"):
+        raise InputError(f"KV cache {kv_cache!r} is unknown; expected float or int8")
+    return replace(
+        chosen,
+        true_sequential=true_sequential,
+        visual_weight=1.0 if visual_weight is None else visual_weight,
+        kv_cache=chosen.kv_cache or kv_cache == "int8",
+    )

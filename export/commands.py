@@ -14,6 +14,7 @@ from tqdm import tqdm
 from edgevl.export.exporter import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_PRECISION,
+    KV_CACHES,
     PRECISIONS,
     TARGETS,
     ExportOptions,
@@ -58,6 +59,18 @@ __all__ = ["export"]
     help="Embedding and head of quantized decoders: 8 or 4; for TensorRT 16 or 4 [default: the larger].",
 )
 @click.option(
+    "--kv-cache",
+    default="float",
+    show_default=True,
+    metavar="K",
+    help=f"{' or '.join(KV_CACHES)}: int8 takes its scales from a checkpoint of `edgevl quantize --kv-cache int8`.",
+)
+@click.option(
+    "--prefill-from",
+    metavar="ORIGINAL",
+    help="Makes a GPTQ or AWQ checkpoint hybrid: prefill in int8, rounded from the checkpoint that was quantized.",
+)
+@click.option(
     "--max-tokens",
     type=int,
     metavar="N",
@@ -80,7 +93,7 @@ def export(checkpoint: str, output: str, asymmetric: bool, overwrite: bool, no_v
       edgevl export Qwen2-VL-2B-Instruct -o bundle --precision hybrid
     """
     chosen = ExportOptions(symmetric=not asymmetric, **options)
-    finish = None if no_verify else functools.partial(_golden, checkpoint)
+    finish = None if no_verify else functools.partial(_golden, chosen.prefill_from or checkpoint)
     with tqdm(unit="B", unit_scale=True, desc="weights", file=sys.stderr, disable=None, leave=False) as bar:
 
         def progress(name: str, size: int, total: int) -> None:

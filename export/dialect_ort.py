@@ -9,6 +9,7 @@ GroupQueryAttention without its own rotary, because its rotary knows one table p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,11 +21,12 @@ from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.graph_spec import CACHE_KEY, CACHE_VALUE, GraphSpec
 
-__all__ = ["LEAST_ONNXRUNTIME", "OrtDialect"]
+__all__ = ["LEAST_ONNXRUNTIME", "LEAST_ONNXRUNTIME_INT8_CACHE", "OrtDialect"]
 
 OPSET = 23  # RotaryEmbedding and RMSNormalization
 IR_VERSION = 11
 LEAST_ONNXRUNTIME = "1.23"
+LEAST_ONNXRUNTIME_INT8_CACHE = "1.27"  # 1.26 loads such a graph and fails as it runs
 _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations rounded to int8 per row and block in the kernel
 _TINY = np.array(1e-30, np.float32)  # an all-zero row divided by its largest entry would be NaN
 
@@ -196,15 +198,18 @@ class OrtDialect:
         names = [pattern.format(kind="{kind}", layer=layer) for pattern in (CACHE_KEY, CACHE_VALUE)]
         past = [self.input(n.format(kind="past")) for n in names]
         lengths = [self.input("seqlens_k"), self.input("total_sequence_length")]
-        attributes = {
+        attributes: dict[str, Any] = {
             "num_heads": t.num_attention_heads,
             "kv_num_heads": t.num_key_value_heads,
             "scale": t.head_dim**-0.5,
             "do_rotary": 0,
         }
-        y, *present = self.builder.op(
-            "GroupQueryAttention", [q, k, v, *past, *lengths], attributes, domain=MICROSOFT, outputs=3
-        )
+        inputs = [q, k, v, *past, *lengths]
+        if self._precision.cache == "int8":
+            attributes |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+            # Five inputs are left out: rotary tables, positions, a bias, sinks.
+            inputs += [None] * 5 + [self._weights.cache_scale(layer, kind) for kind in "kv"]
+        y, *present = self.builder.op("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, outputs=3)
         for name, value in zip(names, present):
             self.output(name.format(kind="present"), value)
         return y

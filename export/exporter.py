@@ -11,8 +11,8 @@ import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edgevl.export.decoder import write_decoder
@@ -30,11 +30,12 @@ from edgevl.runtime.prompt import load_chat_template
 from edgevl.runtime.schemes import QuantizedLayer, own_precision
 from edgevl.runtime.tokenizer import Tokenizer
 
-__all__ = ["PRECISIONS", "TARGETS", "ExportOptions", "ExportReport", "PartReport", "export_bundle"]
+__all__ = ["KV_CACHES", "PRECISIONS", "TARGETS", "ExportOptions", "ExportReport", "PartReport", "export_bundle"]
 
 PRECISIONS = TARGETS["cpu"].precisions  # overall name -> (vision, decoder)
 DEFAULT_PRECISION = "int4"
 DEFAULT_MAX_TOKENS = TARGETS["cpu"].default_max_tokens
+KV_CACHES = ("float", "int8")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class ExportOptions:
 
     `precision` defaults to int4, and to what the checkpoint is where it is quantized. `block_size`, `symmetric` and
     `head_bits` are for layers that are rounded here; `head_bits` and `max_tokens` default to what the target has.
+    `kv_cache` int8 takes its scales from the checkpoint. `prefill_from` makes a weight-only quantized checkpoint
+    hybrid: prefill in W8A8, rounded from the original there.
     """
 
     precision: str | None = None
@@ -51,6 +54,8 @@ class ExportOptions:
     block_size: int = 128
     symmetric: bool = True
     head_bits: int | None = None
+    kv_cache: str = "float"
+    prefill_from: str | None = None
     max_tokens: int | None = None
     mrope_rule: str = "released"
     target: str = "cpu"
@@ -81,6 +86,7 @@ class _Plan:
     vision: Precision
     decoder: tuple[Precision, ...]
     max_tokens: int
+    original: Checkpoint | None = None  # what a prefill graph is rounded from, where it is not the checkpoint itself
 
 
 def export_bundle(
@@ -107,8 +113,10 @@ def export_bundle(
     started = time.monotonic()
     target = Path(output).absolute()
     _check_output(target, overwrite)
-    with Checkpoint.open(source) as checkpoint:
-        plan = _plan(checkpoint, options)
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint.open(source))
+        original = options.prefill_from and stack.enter_context(Checkpoint.open(options.prefill_from))
+        plan = _plan(checkpoint, options, original or None)
         _check_space(target, checkpoint, plan)
         with _partial_folder(target, overwrite) as folder:
             bundle = _write(checkpoint, folder, plan, options, progress)
@@ -119,7 +127,7 @@ def export_bundle(
     return ExportReport(Path(output), parts, time.monotonic() - started, peak_rss_bytes())
 
 
-def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:
+def _plan(checkpoint: Checkpoint, options: ExportOptions, original: Checkpoint | None = None) -> _Plan:
     target = find_target(options.target)
     if options.precision is not None and options.precision not in target.precisions:
         raise InputError(
@@ -133,12 +141,53 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions) -> _Plan:
     max_tokens = min(target.default_max_tokens, longest) if options.max_tokens is None else options.max_tokens
     if not 1 <= max_tokens <= longest:
         raise InputError(f"max tokens is {max_tokens}, expected 1 to {longest} (the model's max_position_embeddings)")
-    return _Plan(
-        target,
-        target.vision_precision(vision),
-        target.decoder_precision(decoder, options.block_size, options.symmetric, options.head_bits),
-        max_tokens,
-    )
+    rounding = (options.block_size, options.symmetric, options.head_bits)
+    graphs = target.decoder_precision(decoder, *rounding)
+    if original is not None:
+        if target.name != "cpu":
+            raise InputError(f"--prefill-from is offered for target cpu only, not for {target.name!r}; leave it away")
+        _check_original(checkpoint, original, decoder)
+        graphs = (*target.decoder_precision("int8", *rounding), *graphs)
+    if _int8_cache(checkpoint, options):
+        graphs = tuple(replace(precision, cache="int8") for precision in graphs)
+    return _Plan(target, target.vision_precision(vision), graphs, max_tokens, original)
+
+
+def _check_original(checkpoint: Checkpoint, original: Checkpoint, decoder: str) -> None:
+    """A prefill graph of another checkpoint must write the KV cache that decode reads: the same model, and no smoothing
+    of v_proj into o_proj, so nothing quantized."""
+    if checkpoint.quantization is None or decoder not in ("int4", "int8-weights"):
+        raise InputError(
+            f"{checkpoint.folder}: --prefill-from goes with a checkpoint of quantized weights (GPTQ, AWQ); "
+            "a plain one becomes hybrid with --decoder-precision hybrid"
+        )
+    if original.quantization is not None:
+        raise InputError(
+            f"{original.folder}: quantized ({original.quantization.method}); --prefill-from needs the unquantized "
+            "checkpoint, the one that was quantized"
+        )
+    for part, ours in checkpoint.config.to_dict().items():
+        theirs = original.config.to_dict()[part]
+        wrong = [key for key in ours if ours[key] != theirs[key]]
+        if wrong:
+            raise InputError(
+                f"{original.folder}: {part} {wrong[0]} is {theirs[wrong[0]]!r}, in the quantized checkpoint "
+                f"{ours[wrong[0]]!r}; give the checkpoint that was quantized"
+            )
+
+
+def _int8_cache(checkpoint: Checkpoint, options: ExportOptions) -> bool:
+    if options.kv_cache not in KV_CACHES:
+        raise InputError(f"KV cache {options.kv_cache!r} is unknown; expected one of {', '.join(KV_CACHES)}")
+    if options.kv_cache == "float":
+        return False
+    if options.target != "cpu":
+        raise InputError(
+            f"an INT8 KV cache is offered for target cpu only (ONNX Runtime), not for {options.target!r}; leave "
+            "--kv-cache away"
+        )
+    checkpoint.cache.check()
+    return True
 
 
 def _precisions(checkpoint: Checkpoint, options: ExportOptions, target: Target) -> tuple[str, str]:
@@ -182,9 +231,12 @@ def _write(
     files["vision.onnx.data"] = FileEntry((folder / "vision.onnx.data").stat().st_size, digest)
     with DataFile(folder / "decoder.onnx.data", on_tensor) as data:
         roles = ("prefill", "decoder") if len(plan.decoder) == 2 else ("decoder",)
-        for role, precision in zip(roles, plan.decoder):
+        sources = (plan.original or checkpoint, checkpoint) if len(plan.decoder) == 2 else (checkpoint,)
+        parts = list(zip(roles, plan.decoder, sources))
+        # What both graphs share, such as the table and the scales of the cache, is the quantized checkpoint's.
+        for role, precision, read in reversed(parts) if plan.original else parts:
             spec = plan.target.decoder_spec(config, precision, role, plan.max_tokens)
-            dialect = plan.target.dialect(spec, config, checkpoint, data, precision)
+            dialect = plan.target.dialect(spec, config, read, data, precision)
             write_decoder(dialect, config.text)
             dialect.builder.save(folder / f"{role}.onnx")
             graphs[role] = GraphEntry(f"{role}.onnx", precision.name, spec)
@@ -207,6 +259,7 @@ def _write(
         edgevl_version=importlib.metadata.version("edgevl"),
         options={
             **asdict(options),
+            "prefill_from": options.prefill_from and Path(options.prefill_from).name,
             "precision": options.precision or (DEFAULT_PRECISION if checkpoint.quantization is None else None),
             "source_quantization": checkpoint.describe_quantization(),
         },
@@ -215,7 +268,8 @@ def _write(
 
 def _precision_name(plan: _Plan) -> str:
     decoder = "hybrid" if len(plan.decoder) == 2 else plan.decoder[0].name
-    return f"vision {plan.vision.name}, decoder {decoder}"
+    cache = ", KV cache int8" if plan.decoder[0].cache else ""
+    return f"vision {plan.vision.name}, decoder {decoder}{cache}"
 
 
 def _check_output(target: Path, overwrite: bool) -> None:
@@ -277,7 +331,7 @@ def _expected_bytes(checkpoint: Checkpoint, plan: _Plan) -> int:
             continue
         layer = checkpoint.layer(name) if name.endswith(".weight") else None
         if layer is not None:
-            total += _quantized_bytes(layer)
+            total += _quantized_bytes(layer) + (size + 4 * shape[0] if plan.original else 0)
             continue
         precisions = (plan.vision,) if name.startswith("visual.") else plan.decoder
         is_table = name in ("model.embed_tokens.weight", "lm_head.weight")

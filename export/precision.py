@@ -48,6 +48,7 @@ class Precision:
     dtype: str  # of activations: float32 or float16
     linear: LinearFormat
     table: LinearFormat
+    cache: str | None = None  # dtype of the KV cache: int8, or the graph's own
 
 
 FLOAT = LinearFormat("float")

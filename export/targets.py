@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from edgevl.export.dialect_cuda import CudaDialect
-from edgevl.export.dialect_ort import LEAST_ONNXRUNTIME, OrtDialect
+from edgevl.export.dialect_ort import LEAST_ONNXRUNTIME, LEAST_ONNXRUNTIME_INT8_CACHE, OrtDialect
 from edgevl.export.dialect_primitive import PrimitiveDialect
 from edgevl.export.dialect_standard import StandardDialect
 from edgevl.export.precision import (
@@ -67,12 +67,14 @@ class Target:
 
     def decoder_spec(self, config: ModelConfig, precision: Precision, role: str, capacity: int) -> GraphSpec:
         if self.cache_update is None:
-            return decoder_spec(config, precision.dtype, role)
+            return decoder_spec(config, precision.dtype, role, precision.cache)
         return tensorrt_decoder_spec(config, precision.dtype, capacity, role, self.cache_update)
 
     def engines(self, *precisions: Precision) -> dict[str, str]:
         """Engine package -> least version that runs graphs of these precisions."""
         found = dict(self.requires)
+        if any(p.cache == "int8" for p in precisions):
+            found["onnxruntime"] = LEAST_ONNXRUNTIME_INT8_CACHE
         if self.cache_update is not None and any(p.dtype == "bfloat16" for p in precisions):
             del found["onnxruntime"]  # its CPU kernels know no bfloat16
         return found

@@ -215,6 +215,16 @@ def _check_same(bundle: Bundle, checkpoint: Checkpoint) -> None:
                 )
 
 
+def _plain_config(folder: Path) -> Any:
+    """The config less its word on quantization: what comes here has plain weights, and scales for a cache at most."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 @dataclass(frozen=True)
 class _Reference:
     """transformers' model, tokenizer and image processor of one checkpoint."""
@@ -235,11 +245,14 @@ class _Reference:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         bars = transformers.utils.logging.is_progress_bar_enabled()
+        verbosity = transformers.utils.logging.get_verbosity()
         transformers.utils.logging.disable_progress_bar()  # the caller tells of progress
+        transformers.utils.logging.set_verbosity_error()  # it warns of a cache's scales; what is absent is told below
         from_pretrained: Any = Qwen2VLForConditionalGeneration.from_pretrained  # its type forgets the loading info
         try:
             model, info = from_pretrained(
                 folder,
+                config=_plain_config(folder),
                 dtype=torch.float32,
                 attn_implementation="eager",
                 local_files_only=True,
@@ -253,6 +266,7 @@ class _Reference:
                 f"{folder}: transformers {transformers.__version__} cannot load it: {reason}"
             ) from None
         finally:
+            transformers.utils.logging.set_verbosity(verbosity)
             if bars:
                 transformers.utils.logging.enable_progress_bar()
         absent = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])

@@ -96,6 +96,16 @@ class WeightStore:
             lambda: (self._checkpoint.read(f"{n}.{suffix}").astype(dtype) for n in names),
         )
 
+    def cache_scale(self, layer: int, kind: str) -> ir.Value:
+        """float32 [1, kv_heads, 1, head_dim]: scales of an INT8 KV cache, `kind` "k" or "v"."""
+        text = self._checkpoint.config.text
+        return self._builder.weight(
+            f"model.layers.{layer}.self_attn.{kind}_scale",
+            np.float32,
+            (1, text.num_key_value_heads, 1, text.head_dim),
+            lambda: [self._checkpoint.cache_scale(layer, kind)],
+        )
+
     def transposed(self, names: Sequence[str]) -> ir.Value:
         """Float [K, N] for MatMul."""
         shape = (self.columns_of(names[0]), self.rows_of(names))

@@ -15,9 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from edgevl.runtime.cache_scales import CacheScales, take_cache_scales
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.errors import CheckpointError
-from edgevl.runtime.schemes import Quantization, QuantizedLayer, own_precision, read_quantization, take_layers
+from edgevl.runtime.schemes import (
+    Quantization,
+    QuantizedLayer,
+    own_precision,
+    quantization_config,
+    read_quantization,
+    take_layers,
+)
 from edgevl.runtime.shards import (
     AGAIN,
     CHUNK,
@@ -113,12 +121,14 @@ class Checkpoint:
         entries: dict[str, Entry],
         quantization: Quantization | None = None,
         layers: dict[str, QuantizedLayer] | None = None,
+        cache: CacheScales | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
         self.quantization = quantization
         self.files = ShardReader()
         self.layers = layers or {}
+        self.cache = cache or CacheScales(folder, config.text, None, {})
         self._entries = entries
 
     @classmethod
@@ -145,10 +155,11 @@ class Checkpoint:
         _check_index(folder, index, stored)
         named = _released(stored)
         shapes = expected_shapes(config)
+        cache = take_cache_scales(folder, config.text, named, quantization_config(folder)[0])
         layers, zeros = take_layers(folder, named, shapes, said)
         plain = {name: shape for name, shape in shapes.items() if name.removesuffix(".weight") not in layers}
         _match(folder, config, plain, named, index)
-        out = cls(folder, config, {name: named[name] for name in plain}, said, layers)
+        out = cls(folder, config, {name: named[name] for name in plain}, said, layers, cache)
         try:
             for name, entry in zeros.items():
                 out._check_zero(name, entry)
@@ -179,6 +190,15 @@ class Checkpoint:
             "layers": len(self.layers),
             "precision": own_precision(self.layers.values()),
         }
+
+    def cache_scale(self, layer: int, kind: str) -> np.ndarray:
+        """float32 [kv_heads, head_dim]: the scales of an INT8 KV cache, `kind` "k" or "v".
+
+        Raises:
+            CheckpointError: the checkpoint has no such scales, or one that cannot be.
+        """
+        self.cache.check()
+        return self.cache.read(self.files, layer, kind)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """As computed with: the codes of a quantized layer lie in other shapes."""

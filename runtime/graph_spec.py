@@ -63,6 +63,11 @@ class GraphSpec:
     def input(self, name: str) -> TensorSpec:
         return next(t for t in self.inputs if t.name == name)
 
+    @property
+    def quantized_cache(self) -> bool:
+        """Whether keys and values are kept as int8 codes; the scales are inside the graph."""
+        return any(self.input(past).dtype == "int8" for past, _ in self.cache)
+
     def to_dict(self) -> dict[str, Any]:
         data = {
             "name": self.name,
@@ -104,12 +109,15 @@ def vision_spec(config: ModelConfig, dtype: str = "float32", embeds_dtype: str |
     )
 
 
-def decoder_spec(config: ModelConfig, dtype: str = "float32", name: str = "decoder") -> GraphSpec:
+def decoder_spec(
+    config: ModelConfig, dtype: str = "float32", name: str = "decoder", cache_dtype: str | None = None
+) -> GraphSpec:
     """The decoder with a KV cache of fixed capacity, written in place (past and present share a buffer).
 
     `image_slots` are flat positions in [batch × sequence] that take the rows of `image_embeds`; `logits_rows` are flat
     positions whose logits are wanted. `seqlens_k` is each row's total length less one, `total_sequence_length` the
     largest total. Several new tokens over a non-empty cache go one row at a time: a limit of GroupQueryAttention.
+    `cache_dtype` is the graph's own by default; int8 are codes whose scales are inside the graph.
     """
     t = config.text
     half = t.head_dim // 2
@@ -118,8 +126,8 @@ def decoder_spec(config: ModelConfig, dtype: str = "float32", name: str = "decod
     for layer in range(t.num_hidden_layers):
         for pattern in (CACHE_KEY, CACHE_VALUE):
             past, present = (pattern.format(kind=kind, layer=layer) for kind in ("past", "present"))
-            pasts.append(TensorSpec(past, dtype, cache))
-            presents.append(TensorSpec(present, dtype, cache))
+            pasts.append(TensorSpec(past, cache_dtype or dtype, cache))
+            presents.append(TensorSpec(present, cache_dtype or dtype, cache))
             pairs.append((past, present))
     return GraphSpec(
         name,

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgevl.runtime.cache_scales import cache_scheme_only
 from edgevl.runtime.errors import CheckpointError
 from edgevl.runtime.shards import AGAIN, DTYPES, Entry, more, read_object
 
-__all__ = ["Quantization", "QuantizedLayer", "own_precision", "read_quantization", "take_layers"]
+__all__ = ["Quantization", "QuantizedLayer", "own_precision", "quantization_config", "read_quantization", "take_layers"]
 
 READ = "read are gptq (4 and 8 bits), awq (version gemm) and compressed-tensors (pack-quantized, int-quantized)"
 INSTEAD = "export the unquantized checkpoint, or one in a format that is read"
@@ -91,11 +92,11 @@ def own_precision(layers: Iterable[QuantizedLayer]) -> str:
 # ---------------------------------------------------------------------- what the config says
 
 
-def read_quantization(folder: Path) -> Quantization | None:
-    """The config's word on quantization; None for a checkpoint that says nothing.
+def quantization_config(folder: Path) -> tuple[dict[str, Any] | None, Path, str]:
+    """The dictionary that says how a checkpoint is quantized (None where nothing does), its file, and its place.
 
     Raises:
-        CheckpointError: a method or a variant of one that is not read.
+        CheckpointError: it is not a dictionary.
     """
     path = folder / "config.json"
     config = read_object(path)
@@ -106,9 +107,21 @@ def read_quantization(folder: Path) -> Quantization | None:
         path = folder / SIDECAR
         said, where = {"quant_method": "gptq", **read_object(path)}, str(path)
     else:
-        return None
+        return None, path, str(path)
     if not isinstance(said, dict):
         raise CheckpointError(f"{where}: expected an object, got {type(said).__name__}; {AGAIN}")
+    return said, path, where
+
+
+def read_quantization(folder: Path) -> Quantization | None:
+    """The config's word on quantized layers; None for a checkpoint that says nothing of any.
+
+    Raises:
+        CheckpointError: a method or a variant of one that is not read.
+    """
+    said, path, where = quantization_config(folder)
+    if said is None or cache_scheme_only(said):
+        return None
     method = said.get("quant_method", "compressed-tensors" if "config_groups" in said else None)
     if method not in FORMATS:
         raise CheckpointError(f"{where}: quant_method {method!r} is not read; {READ}: {INSTEAD}")
