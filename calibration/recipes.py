@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 
 from edgevl.runtime.errors import InputError
 
-__all__ = ["RECIPES", "Recipe", "recipe"]
+__all__ = ["RECIPES", "VISION_RECIPES", "Recipe", "parse_alpha", "recipe"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """bits and group_size of the layers; down_bits: of down_proj, which makes a third of int4's damage and which error
     feedback helps least; method: `rtn` rounds to nearest, `gptq` spreads every column's error over the later ones,
-    `w8a8` rounds weights to int8 per output channel for activations in int8 per token, after SmoothQuant on all four
-    points with `alpha`."""
+    `w8a8` rounds weights to int8 per output channel after SmoothQuant on all four points with `alpha` (None: searched,
+    point by point), for activations in int8 with one scale per `token`, found at run time, or per `tensor`, fixed by
+    calibration; `none` leaves the decoder as it is. vision: `none`, `int8` (W8A8 per token) or `int8-static`."""
 
     name: str
     method: str
@@ -23,12 +24,19 @@ class Recipe:
     symmetric: bool = True
     clip: bool = True
     down_bits: int = 0  # 0: as `bits`
-    alpha: float = 0.0  # of w8a8
+    alpha: float | None = 0.5  # of w8a8
+    activations: str = "token"  # of w8a8
+    vision: str = "none"
+    vision_alpha: float | None = 0.5
+
+    @property
+    def watches_decoder(self) -> bool:
+        """Rounding to nearest needs data only to weigh its clip search."""
+        return self.method in ("gptq", "w8a8") or (self.method == "rtn" and self.clip)
 
     @property
     def needs_samples(self) -> bool:
-        """Rounding to nearest needs data only to weigh its clip search."""
-        return self.method != "rtn" or self.clip
+        return self.watches_decoder or self.vision != "none"
 
     def bits_of(self, layer: str) -> int:
         """Of a linear layer by its name, such as `model.layers.0.mlp.down_proj`."""
@@ -45,22 +53,55 @@ RECIPES = {
         Recipe("rtn-int4-clip", "rtn", 4, 128),
         Recipe("int8", "rtn", 8, 128, clip=False),
         Recipe("w8a8", "w8a8", 8, -1, clip=False, alpha=0.5),
+        Recipe("w8a8-static", "w8a8", 8, -1, clip=False, alpha=0.8, activations="tensor"),
+        Recipe("none", "none", 0, -1, clip=False),
     )
 }
+VISION_RECIPES = ("none", "int8", "int8-static")
 
 
-def recipe(name: str, group_size: int | None = None) -> Recipe:
-    """The recipe `name`, with another group size if given.
+def recipe(name: str, group_size: int | None = None, *, vision: str | None = None, alpha: str | None = None) -> Recipe:
+    """The recipe `name` with another group size, treatment of the vision encoder, or alpha ("auto", or a number) of
+    all that is smoothed.
 
     Raises:
-        InputError: an unknown name, or a group size that is not offered.
+        InputError: an unknown name, a group size that is not offered, an alpha where nothing is smoothed.
     """
     if name not in RECIPES:
         raise InputError(f"recipe {name!r} is unknown; expected one of {', '.join(RECIPES)}")
+    chosen = RECIPES[name]
+    if vision is not None:
+        if vision not in VISION_RECIPES:
+            raise InputError(f"vision {vision!r} is unknown; expected one of {', '.join(VISION_RECIPES)}")
+        chosen = replace(chosen, vision=vision)
+    if chosen.method == "none" and chosen.vision == "none":
+        raise InputError("recipe 'none' leaves the decoder as it is, and vision 'none' the rest; choose one of both")
+    if alpha is not None:
+        if chosen.method != "w8a8" and chosen.vision == "none":
+            raise InputError(f"recipe {name!r} smooths nothing, so it has no alpha; leave it out, or add --vision int8")
+        value = parse_alpha(alpha)
+        chosen = replace(chosen, alpha=value, vision_alpha=value)
     if group_size is None:
-        return RECIPES[name]
-    if RECIPES[name].method == "w8a8":
-        raise InputError(f"recipe {name!r} has one scale per output channel; leave the group size out")
+        return chosen
+    if chosen.method not in ("gptq", "rtn"):
+        raise InputError(f"recipe {name!r} has no groups, but one scale per output channel; leave the group size out")
     if group_size not in (-1, 32, 64, 128):
         raise InputError(f"group size {group_size} is not offered; expected 32, 64, 128, or -1 for whole rows")
-    return replace(RECIPES[name], group_size=group_size)
+    return replace(chosen, group_size=group_size)
+
+
+def parse_alpha(text: str) -> float | None:
+    """None for "auto".
+
+    Raises:
+        InputError: neither that nor a number from 0 to 1.
+    """
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise InputError(f"alpha is {text!r}, expected auto, or a number from 0 to 1")
+    return value
