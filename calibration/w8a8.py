@@ -1,16 +1,15 @@
 """One block in W8A8: statistics of its inputs, smoothing, int8 weights, and activations as the kernels will round them.
 
 Pure maths over one block's float weights, of the decoder or of the vision encoder; knows neither files nor models.
-What lies in front of a layer and cannot take a factor (fc2 and the merger's second layer stand behind an activation)
-keeps its factors as a tensor of its own, `pre_quant_scale`: the engine multiplies its input with it, as ModelOpt's
-checkpoints have it.
+fc2 and the merger's second layer stand behind an activation function, into which no factor folds. Where a static scale
+needs smoothing there too, the factors become a tensor of their own, `pre_quant_scale`, with which the engine multiplies
+the input, as in ModelOpt's checkpoints; a scale per token needs none (measured: benchmarks/LOG.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,7 +38,6 @@ from edgevl.calibration.smooth import (
 from edgevl.runtime.config import TextConfig, VisionConfig
 
 __all__ = [
-    "Behind",
     "Int8Block",
     "Int8Scheme",
     "Points",
@@ -51,7 +49,6 @@ __all__ = [
     "vision_points",
 ]
 
-Behind = Literal["plain", "scale", "token"]
 _ROWS = 1024  # tokens of a point that the search of alpha sees: 36 MB at down_proj's input of the 2B
 
 
@@ -61,13 +58,10 @@ class Int8Scheme:
 
     activations: "token" (every token's own scale, found at run time) or "tensor" (one, fixed by calibration).
     alpha: of smoothing; None: the one of ALPHAS, or no smoothing, with the least output error, point by point.
-    behind: layers behind an activation function have no fold; "plain" leaves their input as it is, "scale" multiplies
-    it at run time, "token" gives it a scale per token.
     """
 
     activations: Activations
     alpha: float | None
-    behind: Behind = "plain"
 
 
 @dataclass(frozen=True)
@@ -178,7 +172,6 @@ class _Point:
     alpha: float | None = None
     pre: Tensor | None = None  # what the engine multiplies with
     scale: float | None = None  # None: per token
-    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # by layer: as it is, and without smoothing
 
 
 def quantize_block(
@@ -222,16 +215,16 @@ def _decide(weights: dict[str, Tensor], seen: Statistics, points: Points, scheme
     """Smooth one input in place."""
     behind = point in points.behind
     found, absmax = _Point(), seen.absmax(point)
-    static = scheme.activations == "tensor" and not (behind and scheme.behind == "token")
+    static = scheme.activations == "tensor"
     names = points.groups[point]
-    if not behind or scheme.behind == "scale":
+    if not behind or static:
         found.alpha = scheme.alpha
         if scheme.alpha is None:
             joined = torch.cat([weights[f"{name}.weight"] for name in names])
             search = search_alpha(
                 seen.rows(point),
                 joined,
-                activations="tensor" if static else "token",
+                activations=scheme.activations,
                 alphas=ALPHAS,
                 share=points.share.get(point),
                 absmax=absmax,
