@@ -52,7 +52,7 @@ RECIPES = {
         Recipe("rtn-int4", "rtn", 4, 128, clip=False),
         Recipe("rtn-int4-clip", "rtn", 4, 128),
         Recipe("int8", "rtn", 8, 128, clip=False),
-        Recipe("w8a8", "w8a8", 8, -1, clip=False, alpha=0.5),
+        Recipe("w8a8", "w8a8", 8, -1, clip=False, alpha=None),
         Recipe("w8a8-static", "w8a8", 8, -1, clip=False, alpha=0.8, activations="tensor"),
         Recipe("none", "none", 0, -1, clip=False),
     )

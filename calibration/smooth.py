@@ -16,6 +16,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -233,8 +234,8 @@ def _round_weight(weight: Tensor) -> Tensor:
 
 
 def static_scale(absmax: float) -> float:
-    """The scale with which the int8 codes -127 .. 127 hold -absmax .. absmax; 1 where nothing was seen."""
-    return absmax / 127 or 1.0
+    """The scale, exact in float32, with which the int8 codes -127 .. 127 hold -absmax .. absmax; 1 for nothing seen."""
+    return float(np.float32(absmax / 127)) or 1.0
 
 
 def round_activations(x: Tensor, scale: float | None = None) -> Tensor:

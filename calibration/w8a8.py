@@ -41,11 +41,13 @@ __all__ = [
     "Int8Block",
     "Int8Scheme",
     "Points",
+    "Smoothing",
     "Statistics",
     "decoder_points",
     "merger_points",
     "quantize_block",
     "rounding",
+    "smooth_block",
     "vision_points",
 ]
 
@@ -165,33 +167,42 @@ class Int8Block:
 
 
 @dataclass
-class _Point:
-    """What was decided for one input."""
+class Smoothing:
+    """What was decided for one input: factors [K] (None: not smoothed) with their alpha, what the engine multiplies
+    with (`pre`) where they could not be folded, and the static scale (None: one per token)."""
 
     factors: Tensor | None = None
     alpha: float | None = None
-    pre: Tensor | None = None  # what the engine multiplies with
-    scale: float | None = None  # None: per token
+    pre: Tensor | None = None
+    scale: float | None = None
+
+
+def smooth_block(
+    weights: dict[str, Tensor], seen: Statistics, points: Points, scheme: Int8Scheme
+) -> dict[str, Smoothing]:
+    """Smooth a block in place, exactly: nothing is rounded yet.
+
+    Args:
+        weights: of one block, float32, by their names within it.
+        seen: of the block with these weights.
+
+    Raises:
+        InputError, EngineError: as smooth_factors.
+    """
+    return {point: _decide(weights, seen, points, scheme, point) for point in (*points.folds, *points.behind)}
 
 
 def quantize_block(
     weights: Mapping[str, Tensor], seen: Statistics, points: Points, scheme: Int8Scheme, prefix: str
 ) -> Int8Block:
-    """int8 codes per output channel after smoothing; `weights` stays as it was.
-
-    Args:
-        weights: of one block, float32, by their names within it.
-        seen: of the block with these weights.
-        prefix: of the block's names in the checkpoint, for the reports.
-
-    Raises:
-        InputError, EngineError: as smooth_factors.
-    """
+    """int8 codes per output channel after smoothing; `weights` stays as it was, `prefix` is of the block's names in
+    the checkpoint, for the reports; else as `smooth_block`."""
     smooth = {name: value.clone() for name, value in weights.items()}
-    found = {point: _decide(smooth, seen, points, scheme, point) for point in (*points.folds, *points.behind)}
-    block = Int8Block({}, {}, rounding({p: f.scale for p, f in found.items()}, _pre(found)), [])
+    found = smooth_block(smooth, seen, points, scheme)
+    pre = {point: f.pre for point, f in found.items() if f.pre is not None}
+    block = Int8Block({}, smooth, rounding({p: f.scale for p, f in found.items()}, pre), [])
     for point, names in points.groups.items():
-        decided = found[point]
+        decided, absmax = found[point], seen.absmax(point)
         for name in names:
             weight = smooth[f"{name}.weight"]
             codes = quantize_channels(weight.numpy())
@@ -201,20 +212,15 @@ def quantize_block(
                 block.tensors[f"{name}.input_scale"] = torch.tensor([decided.scale])
             if decided.pre is not None:
                 block.tensors[f"{name}.pre_quant_scale"] = decided.pre.clone()
-            error = _errors(seen.rows(point), weights[f"{name}.weight"], weight, decided, seen.absmax(point))
+            error = _errors(seen.rows(point), weights[f"{name}.weight"], weight, decided, absmax)
             block.reports.append(_report(f"{prefix}.{name}", seen.ranges[point], decided, *error))
-    block.weights = smooth
     return block
 
 
-def _pre(found: Mapping[str, _Point]) -> dict[str, Tensor]:
-    return {point: f.pre for point, f in found.items() if f.pre is not None}
-
-
-def _decide(weights: dict[str, Tensor], seen: Statistics, points: Points, scheme: Int8Scheme, point: str) -> _Point:
+def _decide(weights: dict[str, Tensor], seen: Statistics, points: Points, scheme: Int8Scheme, point: str) -> Smoothing:
     """Smooth one input in place."""
     behind = point in points.behind
-    found, absmax = _Point(), seen.absmax(point)
+    found, absmax = Smoothing(), seen.absmax(point)
     static = scheme.activations == "tensor"
     names = points.groups[point]
     if not behind or static:
@@ -243,7 +249,7 @@ def _decide(weights: dict[str, Tensor], seen: Statistics, points: Points, scheme
     return found
 
 
-def _errors(x: Tensor, original: Tensor, smoothed: Tensor, decided: _Point, absmax: Tensor) -> tuple[float, float]:
+def _errors(x: Tensor, original: Tensor, smoothed: Tensor, decided: Smoothing, absmax: Tensor) -> tuple[float, float]:
     """Output error of a layer as it is now, and as it would be without smoothing."""
     kind: Activations = "token" if decided.scale is None else "tensor"
     plain = w8a8_error(x, original, activations=kind, absmax=absmax)
@@ -254,7 +260,7 @@ def _errors(x: Tensor, original: Tensor, smoothed: Tensor, decided: _Point, absm
     return w8a8_error(x, weight, decided.factors, activations=kind, absmax=absmax), plain
 
 
-def _report(name: str, ranges: ModalityObserver, decided: _Point, error: float, plain: float) -> LayerReport:
+def _report(name: str, ranges: ModalityObserver, decided: Smoothing, error: float, plain: float) -> LayerReport:
     text, visual = ranges.text.absmax, ranges.visual.absmax
     factors = 1 if decided.factors is None else decided.factors
     before, after = ([float(m.max()) for m in pair] for pair in ((text, visual), (text / factors, visual / factors)))
