@@ -24,6 +24,7 @@ from edgevl.calibration.formats import BlockQuantized
 from edgevl.calibration.packing import Tensors, pack_compressed, pack_gptq
 from edgevl.calibration.recipes import Recipe
 from edgevl.runtime.checkpoint import Checkpoint
+from edgevl.runtime.schemes import PRE_SCALED
 
 __all__ = ["as_stored", "pack_blocks", "quantization_config", "save_shard", "shard_name", "write_rest"]
 
@@ -88,10 +89,10 @@ def _gptq(recipe: Recipe) -> dict[str, Any]:
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "actorder": None}
 
 
-def _w8a8(activations: str) -> dict[str, Any]:
+def _w8a8(activations: str, form: str = "int-quantized") -> dict[str, Any]:
     """int8 weights per channel; activations int8 per token at run time, or per tensor with a stored scale."""
     return {
-        "format": "int-quantized",
+        "format": form,
         "weights": {**_INT8, "strategy": "channel", "dynamic": False},
         "input_activations": {**_INT8, "strategy": activations, "dynamic": activations == "token"},
     }
@@ -121,9 +122,13 @@ def _compressed_tensors(recipe: Recipe) -> dict[str, Any]:
         schemes.append((others, _packed(recipe, recipe.bits)))
         schemes.append((r"re:.*layers\.\d+\..*down_proj$", _packed(recipe, recipe.bits_of("down_proj"))))
     if recipe.vision != "none":
-        scheme = _w8a8("token" if recipe.vision == "int8" else "tensor")
-        for target in (r"re:.*visual\.blocks\.\d+\..*(qkv|proj|fc1|fc2)$", r"re:.*visual\.merger\.mlp\.(0|2)$"):
-            schemes.append((target, scheme))
+        scheme = behind = _w8a8("token")
+        if recipe.vision == "int8-static":
+            scheme, behind = _w8a8("tensor"), _w8a8("tensor", PRE_SCALED)
+        schemes.append((r"re:.*visual\.blocks\.\d+\..*(qkv|proj|fc1)$", scheme))
+        schemes.append((r"re:.*visual\.merger\.mlp\.0$", scheme))
+        schemes.append((r"re:.*visual\.blocks\.\d+\..*fc2$", behind))
+        schemes.append((r"re:.*visual\.merger\.mlp\.2$", behind))
     groups: dict[str, dict[str, Any]] = {}
     for target, scheme in schemes:  # equal ones are one group
         same = next((g for g in groups.values() if {**g, "targets": None} == {**scheme, "targets": None}), None)

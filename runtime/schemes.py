@@ -16,7 +16,7 @@ from typing import Any
 from edgevl.runtime.errors import CheckpointError
 from edgevl.runtime.shards import AGAIN, DTYPES, Entry, more, read_object
 
-__all__ = ["Quantization", "QuantizedLayer", "own_precision", "read_quantization", "take_layers"]
+__all__ = ["PRE_SCALED", "Quantization", "QuantizedLayer", "own_precision", "read_quantization", "take_layers"]
 
 READ = "read are gptq (4 and 8 bits), awq (version gemm) and compressed-tensors (pack-quantized, int-quantized)"
 INSTEAD = "export the unquantized checkpoint, or one in a format that is read"
@@ -26,6 +26,9 @@ FORMATS = {
     "awq": ("gemm",),
     "compressed-tensors": ("pack-quantized", "int-quantized", "mixed-precision"),
 }
+# int-quantized with a pre_quant_scale, a format of our own: readers that know nothing of that tensor would compute
+# wrongly without a word, so they are given a name that they refuse.
+PRE_SCALED = "int-quantized-pre-scaled"
 # What a quantized layer consists of, by the suffix of the tensor's name.
 CODES = {"gptq": ("qweight",), "awq": ("qweight",), "compressed-tensors": ("weight_packed", "weight")}
 COMPANIONS = (
@@ -158,9 +161,9 @@ def _compressed_group(said: dict[str, Any], where: str) -> int:
     sizes = []
     for name, group in groups.items():
         weights, inputs, form = group["weights"], group.get("input_activations"), group.get("format") or said["format"]
-        if weights.get("type", "int") != "int" or form not in FORMATS["compressed-tensors"]:
+        if weights.get("type", "int") != "int" or form not in (*FORMATS["compressed-tensors"], PRE_SCALED):
             raise CheckpointError(f"{where}: {name} holds {weights.get('type')} weights as {form!r}; {READ}: {INSTEAD}")
-        if form == "int-quantized" and _activations(inputs) is None:
+        if form in ("int-quantized", PRE_SCALED) and _activations(inputs) is None:
             raise CheckpointError(
                 f"{where}: {name} is int-quantized, but its input_activations are neither 8-bit dynamic nor 8-bit "
                 f"static per tensor and symmetric, not read: {INSTEAD}"

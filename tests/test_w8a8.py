@@ -39,7 +39,7 @@ from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.runtime import VisionLanguageModel, cli
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.config import ModelConfig
-from edgevl.runtime.errors import InputError
+from edgevl.runtime.errors import CheckpointError, EngineError, InputError
 
 CONFIG = ModelConfig.from_folder(DEMO)
 STATIC = replace(RECIPES["w8a8-static"], vision="int8-static")
@@ -272,8 +272,11 @@ def test_what_is_written_is_read_back(static: QuantizeReport) -> None:
     width = CONFIG.vision.embed_dim
     assert torch.equal(tensors["visual.blocks.3.attn.qkv.bias"][: 2 * width], folded[: 2 * width])
     config = json.loads((static.output / "config.json").read_text())["quantization_config"]
-    inputs = [g["input_activations"] for g in config["config_groups"].values()]
-    assert [(i["strategy"], i["dynamic"], i["num_bits"]) for i in inputs] == [("tensor", False, 8)]
+    groups = config["config_groups"].values()
+    assert all(g["input_activations"].items() >= {"strategy": "tensor", "dynamic": False}.items() for g in groups)
+    # other readers must refuse what they would compute wrongly
+    assert [g["format"] for g in groups] == ["int-quantized", "int-quantized-pre-scaled"]
+    assert config["format"] == "mixed-precision"
 
 
 def products_of(folder: Path, graph: str) -> tuple[Any, list[Any]]:
@@ -507,6 +510,19 @@ def test_pictures_are_needed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="calibrates on samples, none were given"):
         quantize_checkpoint(DEMO, tmp_path / "q", chosen, [])
     assert not (tmp_path / "q").exists()
+
+
+def test_pictures_that_overflow_name_the_block(samples: list[Sample], tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(DEMO, tmp_path / "c")
+    weights = load_file(tmp_path / "c" / "model.safetensors")
+    weights["visual.blocks.1.norm2.weight"] *= 3e38
+    save_file(weights, tmp_path / "c" / "model.safetensors", {"format": "pt"})
+    with pytest.raises((EngineError, CheckpointError), match=r"visual\.blocks\.1"):
+        quantize_checkpoint(tmp_path / "c", tmp_path / "q", recipe("none", vision="int8"), samples[:2])
 
 
 def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
