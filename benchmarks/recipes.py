@@ -25,13 +25,17 @@ from edgevl.tasks import TASKS, Answered, Case, score_bundle, summarize
 
 __all__ = ["main", "write_conversations"]
 
-RECIPES = ("rtn-int4", "rtn-int4-clip", "gptq-int4", "gptq-int4-g32", "gptq-int4-down8", "int8", "w8a8")
+RECIPES = (
+    *("rtn-int4", "rtn-int4-clip", "gptq-int4", "gptq-int4-g32", "gptq-int4-down8", "int8", "w8a8", "w8a8-static"),
+    *("none+int8", "none+int8-static", "w8a8+int8", "w8a8-static+int8-static", "gptq-int4+int8"),  # decoder+vision
+)
 REPORT = "edgevl_quantize.json"
 
 
 @dataclass(frozen=True)
 class Row:
     name: str
+    vision_mb: float
     decoder_mb: float
     kl: float | None
     top1: float | None
@@ -73,10 +77,10 @@ def _edgevl(*arguments: object) -> None:
 
 def _measure(checkpoint: Path, name: str, cases: int, folder: Path, report: Path | None, *options: str) -> Row:
     bundle = folder / f"bundle-{name}"
-    _edgevl("export", checkpoint, "-o", bundle, "--no-verify", "--vision-precision", "fp32", *options)
+    _edgevl("export", checkpoint, "-o", bundle, "--no-verify", *options)
     data = {} if report is None else json.loads(report.read_text(encoding="utf-8"))["divergence"]
-    size = (bundle / "decoder.onnx.data").stat().st_size / 1e6
-    return Row(name, size, data.get("kl"), data.get("top1"), score_bundle(bundle, list(TASKS), cases))
+    sizes = ((bundle / f"{part}.onnx.data").stat().st_size / 1e6 for part in ("vision", "decoder"))
+    return Row(name, *sizes, data.get("kl"), data.get("top1"), score_bundle(bundle, list(TASKS), cases))
 
 
 def _line(row: Row, base: Row) -> tuple[str, ...]:
@@ -90,7 +94,11 @@ def _line(row: Row, base: Row) -> tuple[str, ...]:
     drop = 100 * (worst[0].right - worst[1].right)
     changed = "" if row is base else f"+{won} −{lost}"
     most = "" if row is base else f"{worst[0].task} {drop:+.1f}"
-    return row.name, f"{row.decoder_mb:.2f}", kl, top1, f"{right:.1f}", changed, most
+    return row.name, f"{row.vision_mb:.2f}", f"{row.decoder_mb:.2f}", kl, top1, f"{right:.1f}", changed, most
+
+
+def _details(row: Row) -> str:
+    return f"{row.name}: " + ", ".join(f"{s.task} {100 * s.right:.1f}" for s in summarize(row.answered))
 
 
 @click.command()
@@ -104,17 +112,22 @@ def main(checkpoint: Path, samples: int, cases: int, recipes: str) -> None:
         folder = Path(temporary)
         conversations = write_conversations(folder, samples + 8)
         base = _measure(checkpoint, "fp32", cases, folder, None, "--precision", "fp32")
+        click.echo(_details(base), err=True)
         rows = [base]
         for name in tqdm(recipes.split(","), file=sys.stderr, disable=None):
             output = folder / name
-            given = ("--images", conversations, "--samples", samples)
-            _edgevl("quantize", checkpoint, "-o", output, "--recipe", name, *given)
-            rows.append(_measure(output, name, cases, folder, output / REPORT))
-        headers = ("recipe", "decoder MB", "KL", "same top token", "mean score", "answers", "worst task")
+            decoder, _, vision = name.partition("+")
+            given = ("--images", conversations, "--samples", samples, *(["--vision", vision] if vision else []))
+            _edgevl("quantize", checkpoint, "-o", output, "--recipe", decoder, *given)
+            plain = [] if vision else ["--vision-precision", "fp32"]
+            plain += ["--decoder-precision", "fp32"] if decoder == "none" else []
+            rows.append(_measure(output, name, cases, folder, output / REPORT, *plain))
+            click.echo(_details(rows[-1]), err=True)
+        headers = ("recipe", "vision MB", "decoder MB", "KL", "same top token", "mean score", "answers", "worst task")
         table = [_line(row, base) for row in rows]
     click.echo(tabulate(table, headers=headers, tablefmt="github", disable_numparse=True))
     total = len(base.answered)
-    click.echo(f"\n{samples} samples; scores over {total} cases; vision in fp32; {cpu_model()}")
+    click.echo(f"\n{samples} samples; scores over {total} cases; what no recipe quantizes in fp32; {cpu_model()}")
 
 
 if __name__ == "__main__":

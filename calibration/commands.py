@@ -12,13 +12,17 @@ from tqdm import tqdm
 
 from edgevl.calibration.dataset import Sample, SampleSource, read_conversations
 from edgevl.calibration.driver import QuantizeReport, quantize_checkpoint
-from edgevl.calibration.recipes import RECIPES, Recipe, recipe
+from edgevl.calibration.recipes import RECIPES, VISION_RECIPES, Recipe, recipe
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.commands import note
 from edgevl.runtime.errors import InputError
 
 __all__ = ["quantize"]
 
+_KINDS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "merger.mlp.0", "merger.mlp.2"),
+)
 _HELD_OUT = 8  # samples on which the divergence is measured, never calibrated on
 
 
@@ -30,6 +34,10 @@ _HELD_OUT = 8  # samples on which the divergence is measured, never calibrated o
 @click.option(
     "--samples", default=64, show_default=True, type=click.IntRange(1), metavar="N", help="Conversations used."
 )
+@click.option(
+    "--vision", metavar="V", help=f"Vision encoder: {', '.join(VISION_RECIPES)} [default: none, left as it is]."
+)
+@click.option("--alpha", metavar="A", help="Smoothing of W8A8: auto, or 0 to 1 [default: the recipe's].")
 @click.option("--group-size", type=int, metavar="N", help="32, 64, 128, or -1 for whole rows [default: the recipe's].")
 @click.option("--asymmetric", is_flag=True, help="Zero points: a little better, not for TensorRT (gptq_v2 is written).")
 @click.option("--true-sequential", is_flag=True, help="GPTQ sees every group's inputs as quantized so far; slower.")
@@ -42,13 +50,13 @@ _HELD_OUT = 8  # samples on which the divergence is measured, never calibrated o
 @click.option("--max-kl", type=float, metavar="X", help="Publish nothing when the KL to the original is larger.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed.")
 def quantize(checkpoint: str, output: str, recipe_name: str, images: str | None, **options: Any) -> None:
-    """CHECKPOINT becomes a quantized checkpoint in GPTQ's format, calibrated on pictures layer by layer.
+    """CHECKPOINT becomes a quantized checkpoint in GPTQ's or compressed-tensors' format, calibrated layer by layer.
 
     \b
     Example:
       edgevl quantize Qwen2-VL-2B-Instruct -o 2b-gptq --recipe gptq-int4 --images photos
     """
-    keys = ("asymmetric", "true_sequential", "visual_weight", "kv_cache")
+    keys = ("asymmetric", "true_sequential", "visual_weight", "kv_cache", "vision", "alpha")
     chosen = recipe(recipe_name, options["group_size"], **{k: options[k] for k in keys})
     samples, held_out = _samples(checkpoint, chosen, images, options)
     with tqdm(unit="layer", file=sys.stderr, disable=None, leave=False) as bar:
@@ -97,14 +105,14 @@ def _samples(
 
 def _summary(report: QuantizeReport) -> str:
     rows = []
-    for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-        layers = [r for r in report.layers if r.name.endswith(kind)]
+    for kind in _KINDS:
+        layers = [r for r in report.layers if r.name.endswith(f".{kind}")]
         if not layers:
             continue
         known = [(r.error, r.rtn_error) for r in layers if r.error is not None and r.rtn_error is not None]
         errors = [f"{sum(e) / len(known):.2e}" for e in zip(*known)] or ["", ""]
         rows.append((kind, layers[0].bits, len(layers), *errors))
-    headers = ("layers", "bits", "count", "output error", "rounded to nearest")
+    headers = ("layers", "bits", "count", "output error", "without the method")
     lines = []
     if rows:
         align = ("left", *["right"] * 4)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,16 +25,16 @@ from torch import Tensor
 from edgevl.calibration.activations import Activations
 from edgevl.calibration.dataset import Sample
 from edgevl.calibration.fidelity import Divergence, DivergenceSum
-from edgevl.calibration.formats import BlockQuantized, quantize_channels
+from edgevl.calibration.formats import BlockQuantized
 from edgevl.calibration.gptq import HessianAccumulator, gptq_quantize, output_error, token_weights
 from edgevl.calibration.grids import dequantized, round_to_nearest
 from edgevl.calibration.kv_cache import CacheWatch, chained, rounded_cache
+from edgevl.calibration.layer_report import LayerReport
 from edgevl.calibration.layers import DECODER_GROUPS, Watch, decoder_layer
-from edgevl.calibration.observers import RangeObserver
-from edgevl.calibration.output import as_stored, save_shard, shard_name, write_rest
-from edgevl.calibration.packing import pack_gptq, pack_int8
+from edgevl.calibration.output import as_stored, pack_blocks, save_shard, shard_name, write_rest
 from edgevl.calibration.recipes import Recipe
-from edgevl.calibration.smooth import smooth_decoder_layer
+from edgevl.calibration.vision import block_file, quantize_tower, tower_reports
+from edgevl.calibration.w8a8 import Int8Scheme, Statistics, decoder_points, quantize_block
 from edgevl.calibration.weights import Head, embed_samples, layer_weights
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.errors import CheckFailedError, CheckpointError, InputError
@@ -44,19 +44,9 @@ __all__ = ["LayerReport", "QuantizeReport", "quantize_checkpoint"]
 
 REPORT = "edgevl_quantize.json"
 _ROWS = 32  # of logits at once: 20 MB with the released vocabulary
+_WORK = ("*.npy", "layer-*.json", "vision-*.json", "vision-*.block")  # what a finished run takes away
+_ACTIVATIONS: dict[str, Literal["token", "tensor"]] = {"int8": "token", "int8-static": "tensor"}
 Progress = Callable[[int, int, str], None]  # layers done, layers in all, what is being done
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One linear layer: `error` of its outputs on the samples relative to their size, and what rounding to nearest on
-    the same grid's width would give."""
-
-    name: str
-    bits: int
-    error: float | None
-    rtn_error: float | None
-    damping: float | None
 
 
 @dataclass(frozen=True)
@@ -87,8 +77,8 @@ def quantize_checkpoint(
     max_kl: float | None = None,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """Write the quantized checkpoint `output`: in GPTQ's format, or compressed-tensors' for W8A8; everything but the
-    decoder's linear layers (and what smoothing folds into the norms) as it was.
+    """Write the quantized checkpoint `output`: in GPTQ's format, or compressed-tensors' where W8A8 is part of it;
+    everything but the linear layers (and what smoothing folds into norms and biases) as it was.
 
     Args:
         samples: what the layers are calibrated on; may be empty where the recipe needs none.
@@ -117,8 +107,11 @@ def quantize_checkpoint(
                 divergence = _divergence(run)
             _gate(run, divergence, max_kl)
             layers = tuple(r for i in range(run.layers) for r in run.reports(i))
+            if recipe.vision != "none":
+                layers += tuple(tower_reports(folder, checkpoint.config.vision.depth))
             tokens = sum(len(s.ids) for s in samples)
-            write_rest(checkpoint, folder, run.layers, recipe)
+            blocks = [block_file(folder, i) for i in range(checkpoint.config.vision.depth + 1)]
+            write_rest(checkpoint, folder, run.layers, recipe, blocks if recipe.vision != "none" else ())
             size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
             seconds = time.monotonic() - started
             report = QuantizeReport(Path(output), recipe, len(samples), tokens, layers, divergence, seconds, size)
@@ -150,6 +143,8 @@ class _Run:
     def streams(self) -> dict[str, Sequence[Sample]]:
         """Hidden states that are carried along: the samples, and the held-out ones through both models."""
         streams = {"samples": self.samples, "original": self.held_out, "quantized": self.held_out}
+        if not (self.recipe.watches_decoder or self.recipe.kv_cache):
+            del streams["samples"]
         return {name: some for name, some in streams.items() if some}
 
     def shard(self, layer: int) -> Path:
@@ -241,24 +236,35 @@ def _prepare(run: _Run, resume: bool) -> None:
             )
     run.folder.mkdir(exist_ok=True)
     _replace(state, json.dumps(wanted))
-    done = sum(1 for i in range(run.layers) if run.shard(i).exists())
+    if any(run.shard(i).exists() for i in range(run.layers)):
+        return
+    embeds = _quantize_vision(run) if run.recipe.vision != "none" else {}
     for stream, samples in run.streams.items():
         first = run.hidden(stream, 0)
-        if done == 0 and not first.exists:
+        if not first.exists:
             run.progress(0, run.layers, f"pictures ({stream})")
-            first.write(embed_samples(run.checkpoint, samples, run.folder / "vision.npy"))
+            pictures = embeds[stream].read() if stream in embeds else None
+            first.write(embed_samples(run.checkpoint, samples, run.folder / "vision.npy", pictures))
+    for stream in embeds.values():
+        stream.remove()
+
+
+def _quantize_vision(run: _Run) -> dict[str, Activations]:
+    """The vision encoder's blocks into the working folder; image embeddings by stream."""
+    scheme = Int8Scheme(_ACTIVATIONS[run.recipe.vision], run.recipe.vision_alpha)
+    streams = {"samples": run.samples, **run.streams}
+    return quantize_tower(run.checkpoint, run.folder, scheme, streams, lambda what: run.progress(0, run.layers, what))
 
 
 # ---------------------------------------------------------------------- one layer
 
 
 class _Observed:
-    """What a recipe needs to know of the inputs of one layer's linear layers, by point of DECODER_GROUPS."""
+    """The Hessians that a recipe needs of the inputs of one layer's linear layers, by point of DECODER_GROUPS."""
 
     def __init__(self, recipe: Recipe, layer: int, points: Sequence[str] = tuple(DECODER_GROUPS)) -> None:
         self._layer, self._points, self._recipe = layer, points, recipe
-        self._make = RangeObserver if recipe.method == "w8a8" else HessianAccumulator
-        self._by_point: dict[str, Any] = {}
+        self._by_point: dict[str, HessianAccumulator] = {}
         self._weights: tuple[Tensor, ...] = ()
 
     def begin(self, sample: Sample) -> None:
@@ -270,14 +276,12 @@ class _Observed:
         if point not in self._points:
             return
         if point not in self._by_point:
-            self._by_point[point] = self._make(x.shape[-1], f"model.layers.{self._layer}, input of {point}")
+            name = f"model.layers.{self._layer}, input of {point}"
+            self._by_point[point] = HessianAccumulator(x.shape[-1], name)
         self._by_point[point].add(x, *self._weights)
 
     def hessian(self, point: str) -> Tensor | None:
         return self._by_point[point].hessian if point in self._by_point else None
-
-    def absmax(self) -> dict[str, Tensor]:
-        return {point: seen.absmax for point, seen in self._by_point.items()}
 
     def forget(self, point: str) -> None:
         """The largest Hessian is K² of the MLP's width."""
@@ -291,27 +295,25 @@ class _Quantized:
     tensors: dict[str, Tensor]
     weights: dict[str, Tensor]
     reports: list[LayerReport]
+    watch: Watch | None = None  # rounds activations as the kernels will
 
 
 def _quantize_layer(run: _Run, layer: int) -> None:
     """Statistics with the original weights, codes, and the layer's outputs with the quantized ones."""
     run.progress(layer, run.layers, "calibrating")
     weights = layer_weights(run.checkpoint, layer)
-    first = next(iter(DECODER_GROUPS)) if run.recipe.true_sequential else None
-    done = _METHODS[run.recipe.method](run, layer, weights, _observed(run, layer, weights, first))
-    quantized = {report.name.removeprefix(f"model.layers.{layer}.") for report in done.reports}
-    packed = {f"{name}.weight" for name in quantized}
+    done = {"w8a8": _to_channels, "none": _as_it_is}.get(run.recipe.method, _to_blocks)(run, layer, weights)
+    packed = {name.rpartition(".")[0] for name in done.tensors}
     for name, value in done.weights.items():
-        if name not in packed:
-            full = f"model.layers.{layer}.{name}"
+        full = f"model.layers.{layer}.{name}"
+        if full.removesuffix(".weight") not in packed:
             # What smoothing has changed keeps its precision: bfloat16 has 8 bits too.
             same = torch.equal(value, weights[name])
             done.tensors[full] = as_stored(run.checkpoint, full, value) if same else value
-    activations = round_tokens if run.recipe.method == "w8a8" else None
     cache = CacheWatch(run.checkpoint.config.text, f"model.layers.{layer}") if run.recipe.kv_cache else None
     for stream in run.streams:  # samples come first: the cache's scales are those of the layer that will run
         rounded = rounded_cache(cache.observer.scales()) if cache and stream == "quantized" else None
-        watch = chained(activations, cache if stream == "samples" else rounded)
+        watch = chained(done.watch, cache if stream == "samples" else rounded)
         how = (weights, None) if stream == "original" else (done.weights, watch)
         run.hidden(stream, layer + 1).write(run.outputs(stream, layer, *how))
     if cache is not None:
@@ -325,21 +327,20 @@ def _quantize_layer(run: _Run, layer: int) -> None:
 def _observed(run: _Run, layer: int, weights: Mapping[str, Tensor], point: str | None = None) -> _Observed:
     """The samples through one layer, watched at `point` or everywhere."""
     seen = _Observed(run.recipe, layer) if point is None else _Observed(run.recipe, layer, (point,))
-    if run.recipe.method != "none" and run.recipe.needs_samples:
+    if run.recipe.watches_decoder:
         for _ in run.outputs("samples", layer, weights, seen):
             pass
     return seen
 
 
-def _as_they_are(run: _Run, layer: int, weights: Mapping[str, Tensor], seen: _Observed) -> _Quantized:
-    """Nothing is quantized but the cache."""
+def _as_it_is(run: _Run, layer: int, weights: Mapping[str, Tensor]) -> _Quantized:
     return _Quantized({}, dict(weights), [])
 
 
-def _to_blocks(run: _Run, layer: int, weights: Mapping[str, Tensor], seen: _Observed) -> _Quantized:
+def _to_blocks(run: _Run, layer: int, weights: Mapping[str, Tensor]) -> _Quantized:
     """Weight-only codes in blocks."""
-    done = _Quantized({}, dict(weights), [])
-    version = 1 if run.recipe.symmetric else 2
+    first = next(iter(DECODER_GROUPS)) if run.recipe.true_sequential else None
+    done, seen = _Quantized({}, dict(weights), []), _observed(run, layer, weights, first)
     for number, (point, names) in enumerate(DECODER_GROUPS.items()):
         if number and run.recipe.true_sequential:
             run.progress(layer, run.layers, f"input of {point}")
@@ -349,37 +350,23 @@ def _to_blocks(run: _Run, layer: int, weights: Mapping[str, Tensor], seen: _Obse
             full = f"model.layers.{layer}.{name}"
             codes, report = _quantize_weight(run.recipe, full, weights[f"{name}.weight"], seen.hessian(point))
             done.weights[f"{name}.weight"] = dequantized(codes)
-            done.tensors |= {f"{full}.{k}": torch.from_numpy(v) for k, v in pack_gptq(codes, version).items()}
+            done.tensors |= {f"{full}.{k}": torch.from_numpy(v) for k, v in pack_blocks(run.recipe, codes).items()}
             done.reports.append(report)
         seen.forget(point)
     return done
 
 
-def _to_channels(run: _Run, layer: int, weights: Mapping[str, Tensor], seen: _Observed) -> _Quantized:
-    """int8 per output channel, after smoothing."""
-    smooth = {name: value.clone() for name, value in weights.items()}
-    smooth_decoder_layer(smooth, seen.absmax(), run.recipe.alpha, run.checkpoint.config.text)
-    done = _Quantized({}, dict(smooth), [])
-    for names in DECODER_GROUPS.values():
-        for name in names:
-            run.progress(layer, run.layers, name)
-            full = f"model.layers.{layer}.{name}"
-            codes = quantize_channels(smooth[f"{name}.weight"].numpy())
-            done.weights[f"{name}.weight"] = torch.from_numpy(codes.codes * codes.scales[:, None])
-            done.tensors |= {f"{full}.{k}": torch.from_numpy(v) for k, v in pack_int8(codes).items()}
-            done.reports.append(LayerReport(full, 8, None, None, None))
-    return done
-
-
-_METHODS = {"none": _as_they_are, "rtn": _to_blocks, "gptq": _to_blocks, "w8a8": _to_channels}
-
-
-def round_tokens(point: str, x: Tensor) -> Tensor | None:
-    """Activations as the W8A8 kernels see them: 8 bits, one scale per token, in the inputs of linear layers."""
-    if point not in DECODER_GROUPS:
-        return None
-    step = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127.5
-    return torch.round(x / step) * step
+def _to_channels(run: _Run, layer: int, weights: Mapping[str, Tensor]) -> _Quantized:
+    """int8 per output channel, after smoothing; statistics of text and visual tokens apart."""
+    prefix, points = f"model.layers.{layer}", decoder_points(run.checkpoint.config.text)
+    seen = Statistics(points, prefix)
+    outputs = run.outputs("samples", layer, weights, seen)
+    for sample in run.samples:
+        seen.visual = torch.from_numpy(sample.visual)
+        next(outputs)
+    block = quantize_block(weights, seen, points, Int8Scheme(run.recipe.activations, run.recipe.alpha), prefix)
+    tensors = {f"{prefix}.{name}": value for name, value in block.tensors.items()}
+    return _Quantized(tensors, block.weights, block.reports, block.watch)
 
 
 def _quantize_weight(
@@ -425,7 +412,7 @@ def _gate(run: _Run, divergence: Divergence | None, max_kl: float | None) -> Non
 
 
 def _finish(run: _Run, target: Path, report: QuantizeReport) -> None:
-    for path in (*run.folder.glob("*.npy"), *run.folder.glob("layer-*.json"), run.folder / "state.json"):
+    for path in (*(p for kind in _WORK for p in run.folder.glob(kind)), run.folder / "state.json"):
         path.unlink()
     _replace(run.folder / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
     run.folder.rename(target)

@@ -1,9 +1,10 @@
 """Writes a quantized checkpoint's files: shards, index, configs, and what is copied from the original.
 
 Weight-only layers are laid out as AutoGPTQ does, which GPTQModel, vLLM and transformers read; W8A8 as
-compressed-tensors does ("int-quantized"), and so are the scales of an INT8 KV cache (`k_scale`, `v_scale`). Names are
-the released ones, the rest is as it was, and `quantization_config` is in config.json (GPTQ's again in
-quantize_config.json).
+compressed-tensors does ("int-quantized"), and so are the scales of an INT8 KV cache (`k_scale`, `v_scale`). GPTQ has
+no word for activations, so a weight-only decoder beside an INT8 vision encoder is "pack-quantized" there, in one
+checkpoint of "mixed-precision". Names are the released ones, the rest is as it was, and `quantization_config` is in
+config.json (GPTQ's again in quantize_config.json).
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ import importlib.metadata
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from edgevl.calibration.formats import BlockQuantized
+from edgevl.calibration.packing import Tensors, pack_compressed, pack_gptq
 from edgevl.calibration.recipes import Recipe
 from edgevl.runtime.cache_scales import KV_SCHEME_KEY, cache_scheme
 from edgevl.runtime.checkpoint import Checkpoint
+from edgevl.runtime.schemes import PRE_SCALED
 
-__all__ = ["as_stored", "quantization_config", "save_shard", "shard_name", "write_rest"]
+__all__ = ["as_stored", "pack_blocks", "quantization_config", "save_shard", "shard_name", "write_rest"]
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -59,10 +63,23 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     partial.replace(path)
 
 
+def _is_gptq(recipe: Recipe) -> bool:
+    return recipe.method in ("gptq", "rtn") and recipe.vision == "none"
+
+
+def _is_plain(recipe: Recipe) -> bool:
+    return recipe.method == "none" and recipe.vision == "none"
+
+
+def pack_blocks(recipe: Recipe, codes: BlockQuantized) -> Tensors:
+    """A weight-only layer in the checkpoint's format."""
+    return pack_gptq(codes, 1 if recipe.symmetric else 2) if _is_gptq(recipe) else pack_compressed(codes)
+
+
 def quantization_config(recipe: Recipe) -> dict[str, Any]:
     """The dictionary that readers of such checkpoints look for."""
     meta = {"quantizer": [f"edgevl:{importlib.metadata.version('edgevl')}"], "recipe": recipe.name}
-    said = {"w8a8": _compressed_tensors, "none": _plain}.get(recipe.method, lambda: _gptq(recipe))()
+    said = _gptq(recipe) if _is_gptq(recipe) else _plain() if _is_plain(recipe) else _compressed_tensors(recipe)
     return {**said, **({KV_SCHEME_KEY: cache_scheme()} if recipe.kv_cache else {}), "meta": meta}
 
 
@@ -88,21 +105,15 @@ def _gptq(recipe: Recipe) -> dict[str, Any]:
     return config
 
 
-def _compressed_tensors() -> dict[str, Any]:
-    """int8 weights per channel, activations int8 per token at run time."""
-    common = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "actorder": None}
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "actorder": None}
+
+
+def _w8a8(activations: str, form: str = "int-quantized") -> dict[str, Any]:
+    """int8 weights per channel; activations int8 per token at run time, or per tensor with a stored scale."""
     return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**common, "strategy": "channel", "dynamic": False},
-                "input_activations": {**common, "strategy": "token", "dynamic": True},
-            }
-        },
-        "ignore": ["lm_head", "re:.*visual.*"],
+        "format": form,
+        "weights": {**_INT8, "strategy": "channel", "dynamic": False},
+        "input_activations": {**_INT8, "strategy": activations, "dynamic": activations == "token"},
     }
 
 
@@ -112,8 +123,57 @@ def _plain() -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": "dense", **common}
 
 
-def write_rest(checkpoint: Checkpoint, folder: Path, layers: int, recipe: Recipe) -> None:
-    """The two shards that hold no layer, the index over all shards, configs and the other files."""
+def _packed(recipe: Recipe, bits: int) -> dict[str, Any]:
+    whole = recipe.group_size == -1
+    weights = {
+        **_INT8,
+        "num_bits": bits,
+        "symmetric": recipe.symmetric,
+        "strategy": "channel" if whole else "group",
+        "group_size": None if whole else recipe.group_size,
+        "dynamic": False,
+    }
+    return {"format": "pack-quantized", "weights": weights, "input_activations": None}
+
+
+def _compressed_tensors(recipe: Recipe) -> dict[str, Any]:
+    """Schemes by what they apply to; everything else is plain."""
+    schemes: list[tuple[str, dict[str, Any]]] = []
+    if recipe.method == "w8a8":
+        decoder = "Linear" if recipe.vision == "none" else r"re:.*layers\.\d+\..*_proj$"
+        schemes.append((decoder, _w8a8(recipe.activations)))
+    elif recipe.method != "none":
+        others = r"re:.*layers\.\d+\..*(q|k|v|o|gate|up)_proj$"
+        schemes.append((others, _packed(recipe, recipe.bits)))
+        schemes.append((r"re:.*layers\.\d+\..*down_proj$", _packed(recipe, recipe.bits_of("down_proj"))))
+    if recipe.vision != "none":
+        scheme = behind = _w8a8("token")
+        if recipe.vision == "int8-static":
+            scheme, behind = _w8a8("tensor"), _w8a8("tensor", PRE_SCALED)
+        schemes.append((r"re:.*visual\.blocks\.\d+\..*(qkv|proj|fc1)$", scheme))
+        schemes.append((r"re:.*visual\.merger\.mlp\.0$", scheme))
+        schemes.append((r"re:.*visual\.blocks\.\d+\..*fc2$", behind))
+        schemes.append((r"re:.*visual\.merger\.mlp\.2$", behind))
+    groups: dict[str, dict[str, Any]] = {}
+    for target, scheme in schemes:  # equal ones are one group
+        same = next((g for g in groups.values() if {**g, "targets": None} == {**scheme, "targets": None}), None)
+        if same is None:
+            groups[f"group_{len(groups)}"] = {"targets": [target], **scheme}
+        else:
+            same["targets"].append(target)
+    formats = {g["format"] for g in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head", *(["re:.*visual.*"] if recipe.vision == "none" else ["re:.*patch_embed.*"])],
+    }
+
+
+def write_rest(checkpoint: Checkpoint, folder: Path, layers: int, recipe: Recipe, vision: Sequence[Path] = ()) -> None:
+    """The two shards that hold no layer, the index over all shards, configs and the other files; `vision`: files of
+    quantized parts of the vision encoder, which take the place of the original's."""
     parts: tuple[list[str], list[str]] = ([], [])
     for name in checkpoint.names():
         if not name.startswith("model.layers."):
@@ -121,8 +181,12 @@ def write_rest(checkpoint: Checkpoint, folder: Path, layers: int, recipe: Recipe
     for offset, names in enumerate(parts):
         path = folder / shard_name(layers + offset, layers)
         if not path.exists():
-            read = ((n, torch.from_numpy(checkpoint.read(n))) for n in names)
-            save_shard(path, {n: as_stored(checkpoint, n, value) for n, value in read})
+            tensors = {n: value for file in (vision if offset == 0 else ()) for n, value in load_file(file).items()}
+            done = {n.rpartition(".")[0] for n in tensors}
+            for name in names:
+                if name.rpartition(".")[0] not in done:
+                    tensors[name] = as_stored(checkpoint, name, torch.from_numpy(checkpoint.read(name)))
+            save_shard(path, tensors)
     shards = [folder / shard_name(i, layers) for i in range(layers + 2)]
     weight_map = {name: shard.name for shard in shards for name in _names(shard)}
     total = sum(shard.stat().st_size for shard in shards)
@@ -130,7 +194,7 @@ def write_rest(checkpoint: Checkpoint, folder: Path, layers: int, recipe: Recipe
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     quantization = quantization_config(recipe)
     _put(folder / "config.json", {**config, "quantization_config": quantization})
-    if quantization["quant_method"] == "gptq":
+    if _is_gptq(recipe):
         _put(folder / "quantize_config.json", quantization)
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHTS) and not (folder / path.name).exists():

@@ -19,6 +19,7 @@ from edgevl.calibration.formats import BlockQuantized, ChannelQuantized, Float, 
 
 __all__ = [
     "AWQ_ORDER",
+    "Tensors",
     "group_order",
     "pack_awq",
     "pack_compressed",

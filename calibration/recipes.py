@@ -6,17 +6,19 @@ from dataclasses import dataclass, replace
 
 from edgevl.runtime.errors import InputError
 
-__all__ = ["RECIPES", "Recipe", "recipe"]
+__all__ = ["RECIPES", "VISION_RECIPES", "Recipe", "parse_alpha", "recipe"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """bits and group_size of the layers; down_bits: of down_proj, which makes a third of int4's damage and which error
     feedback helps least; method: `rtn` rounds to nearest, `gptq` spreads every column's error over the later ones,
-    `w8a8` rounds weights to int8 per output channel for activations in int8 per token, after SmoothQuant on all four
-    points with `alpha`; `none` leaves the weights. kv_cache: scales of an INT8 KV cache are added. true_sequential:
-    every group of layers sees inputs from the groups before it as quantized, for four times the passes. visual_weight:
-    how much a picture's token counts in GPTQ's Hessian against a word's."""
+    `w8a8` rounds weights to int8 per output channel after SmoothQuant on all four points with `alpha` (None: searched,
+    point by point), for activations in int8 with one scale per `token`, found at run time, or per `tensor`, fixed by
+    calibration; `none` leaves the decoder as it is. vision: `none`, `int8` (W8A8 per token) or `int8-static`. kv_cache:
+    scales of an INT8 KV cache are added. true_sequential: every group of layers sees inputs from the groups before it
+    as quantized, for four times the passes. visual_weight: how much a picture's token counts in GPTQ's Hessian against
+    a word's."""
 
     name: str
     method: str
@@ -25,15 +27,22 @@ class Recipe:
     symmetric: bool = True
     clip: bool = True
     down_bits: int = 0  # 0: as `bits`
-    alpha: float = 0.0  # of w8a8
+    alpha: float | None = 0.5  # of w8a8
+    activations: str = "token"  # of w8a8
+    vision: str = "none"
+    vision_alpha: float | None = 0.5
     kv_cache: bool = False
     true_sequential: bool = False
     visual_weight: float = 1.0
 
     @property
-    def needs_samples(self) -> bool:
+    def watches_decoder(self) -> bool:
         """Rounding to nearest needs data only to weigh its clip search."""
-        return self.method not in ("rtn", "none") or self.clip or self.kv_cache
+        return self.method in ("gptq", "w8a8") or (self.method == "rtn" and self.clip)
+
+    @property
+    def needs_samples(self) -> bool:
+        return self.watches_decoder or self.vision != "none" or self.kv_cache
 
     def bits_of(self, layer: str) -> int:
         """Of a linear layer by its name, such as `model.layers.0.mlp.down_proj`."""
@@ -49,22 +58,28 @@ RECIPES = {
         Recipe("rtn-int4", "rtn", 4, 128, clip=False),
         Recipe("rtn-int4-clip", "rtn", 4, 128),
         Recipe("int8", "rtn", 8, 128, clip=False),
-        Recipe("w8a8", "w8a8", 8, -1, clip=False, alpha=0.5),
+        Recipe("w8a8", "w8a8", 8, -1, clip=False, alpha=None),
+        Recipe("w8a8-static", "w8a8", 8, -1, clip=False, alpha=0.8, activations="tensor"),
         Recipe("kv-int8", "none", 0, -1, clip=False, kv_cache=True),
+        Recipe("none", "none", 0, -1, clip=False),
     )
 }
+VISION_RECIPES = ("none", "int8", "int8-static")
 
 
 def recipe(
     name: str,
     group_size: int | None = None,
     *,
+    vision: str | None = None,
+    alpha: str | None = None,
     asymmetric: bool = False,
     true_sequential: bool = False,
     visual_weight: float | None = None,
     kv_cache: str = "float",
 ) -> Recipe:
-    """The recipe `name`, with another group size, zero points, GPTQ's options or an INT8 KV cache if given.
+    """The recipe `name` with another group size, treatment of the vision encoder, alpha ("auto", or a number) of all
+    that is smoothed, zero points, GPTQ's options or an INT8 KV cache if given.
 
     Raises:
         InputError: an unknown name, a value that is not offered, or an option that the recipe has no use for.
@@ -77,6 +92,29 @@ def recipe(
     if name not in RECIPES:
         raise InputError(f"recipe {name!r} is unknown; expected one of {', '.join(RECIPES)}")
     chosen = RECIPES[name]
+    if kv_cache not in ("float", "int8"):
+        raise InputError(f"KV cache {kv_cache!r} is unknown; expected float or int8")
+    chosen = _decoder_options(chosen, group_size, asymmetric, true_sequential, visual_weight)
+    chosen = replace(chosen, kv_cache=chosen.kv_cache or kv_cache == "int8")
+    if vision is not None:
+        if vision not in VISION_RECIPES:
+            raise InputError(f"vision {vision!r} is unknown; expected one of {', '.join(VISION_RECIPES)}")
+        chosen = replace(chosen, vision=vision)
+    if chosen.method == "none" and chosen.vision == "none" and not chosen.kv_cache:
+        raise InputError("recipe 'none' leaves the decoder as it is, and vision 'none' the rest; choose one of both")
+    if alpha is not None:
+        if chosen.method != "w8a8" and chosen.vision == "none":
+            raise InputError(f"recipe {name!r} smooths nothing, so it has no alpha; leave it out, or add --vision int8")
+        value = parse_alpha(alpha)
+        chosen = replace(chosen, alpha=value, vision_alpha=value)
+    return chosen
+
+
+def _decoder_options(
+    chosen: Recipe, group_size: int | None, asymmetric: bool, true_sequential: bool, visual_weight: float | None
+) -> Recipe:
+    """What weight-only recipes, or GPTQ alone, can be told."""
+    name = chosen.name
     if group_size is not None:
         if chosen.method not in ("rtn", "gptq"):
             raise InputError(f"recipe {name!r} has no groups, got a group size of {group_size}; leave it out")
@@ -94,11 +132,22 @@ def recipe(
         )
     if visual_weight is not None and not 0 < visual_weight <= 100:
         raise InputError(f"the weight of visual tokens is {visual_weight}, expected more than 0 and at most 100")
-    if kv_cache not in ("float", "int8"):
-        raise InputError(f"KV cache {kv_cache!r} is unknown; expected float or int8")
-    return replace(
-        chosen,
-        true_sequential=true_sequential,
-        visual_weight=1.0 if visual_weight is None else visual_weight,
-        kv_cache=chosen.kv_cache or kv_cache == "int8",
-    )
+    weight = 1.0 if visual_weight is None else visual_weight
+    return replace(chosen, true_sequential=true_sequential, visual_weight=weight)
+
+
+def parse_alpha(text: str) -> float | None:
+    """None for "auto".
+
+    Raises:
+        InputError: neither that nor a number from 0 to 1.
+    """
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise InputError(f"alpha is {text!r}, expected auto, or a number from 0 to 1")
+    return value

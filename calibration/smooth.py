@@ -16,6 +16,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,11 +30,13 @@ __all__ = [
     "column_absmax",
     "kv_share",
     "merger_share",
+    "round_activations",
     "search_alpha",
     "smooth_decoder_layer",
     "smooth_factors",
     "smooth_merger",
     "smooth_vision_block",
+    "static_scale",
     "w8a8_error",
 ]
 
@@ -230,16 +233,18 @@ def _round_weight(weight: Tensor) -> Tensor:
     return torch.round(weight / scale).clamp_(-127, 127) * scale
 
 
-def _round_activations(x: Tensor, activations: Activations, absmax: Tensor) -> Tensor:
-    """x [T, K]. "token": uint8 with every token's own range and zero point; "tensor": int8 with one fixed scale."""
-    if activations == "tensor":
-        scale = float(absmax.max()) / 127 or 1.0
+def static_scale(absmax: float) -> float:
+    """The scale, exact in float32, with which the int8 codes -127 .. 127 hold -absmax .. absmax; 1 for nothing seen."""
+    return float(np.float32(absmax / 127)) or 1.0
+
+
+def round_activations(x: Tensor, scale: float | None = None) -> Tensor:
+    """x [..., K] as the W8A8 kernels see it: int8 with one fixed `scale` (what lies outside is cut off), or with every
+    token's own step, its largest magnitude / 127.5."""
+    if scale is not None:
         return torch.round(x / scale).clamp_(-128, 127) * scale
-    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-    scale = (high - low) / 255
-    scale = torch.where(scale == 0, 1.0, scale)
-    zero = torch.round(-low / scale)
-    return (torch.round(x / scale).add_(zero).clamp_(0, 255) - zero) * scale
+    step = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127.5
+    return torch.round(x / step) * step
 
 
 def w8a8_error(
@@ -253,14 +258,15 @@ def w8a8_error(
     """Squared error of x Wᵀ in int8 as a share of its square.
 
     x: [T, K], whole sequences, first token included. weight: [N, K]. factors: [K], None for 1. activations: "token"
-    (every token's range, as it comes) or "tensor" (one scale fixed beforehand). absmax: [K], of more tokens than x's,
+    (every token's step, as it comes) or "tensor" (one scale fixed beforehand). absmax: [K], of more tokens than x's,
     for that fixed scale.
     """
     expected = x @ weight.T
     largest = x.abs().amax(0) if absmax is None else absmax
     if factors is not None:
         x, weight, largest = x / factors, weight * factors, largest / factors
-    found = _round_activations(x, activations, largest) @ _round_weight(weight).T
+    scale = static_scale(float(largest.max())) if activations == "tensor" else None
+    found = round_activations(x, scale) @ _round_weight(weight).T
     total = float(torch.sum(expected.square(), dtype=torch.float64))
     return float(torch.sum((found - expected).square(), dtype=torch.float64)) / total if total else 0.0
 

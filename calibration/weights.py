@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgevl.calibration.activations import Activations
 from edgevl.calibration.dataset import Sample
-from edgevl.calibration.layers import DECODER_TENSORS, VISION_TENSORS, merge, rms_norm, vision_block
+from edgevl.calibration.layers import DECODER_TENSORS, rms_norm
+from edgevl.calibration.vision import Tower
 from edgevl.runtime.checkpoint import Checkpoint
-from edgevl.runtime.mrope import vision_rotary_rows
 
 __all__ = ["Head", "embed_samples", "layer_weights"]
 
@@ -29,43 +28,17 @@ def _table_name(checkpoint: Checkpoint) -> str:
     return "model.embed_tokens.weight" if checkpoint.config.text.tie_word_embeddings else "lm_head.weight"
 
 
-def _vision_tower(checkpoint: Checkpoint, samples: Sequence[Sample], scratch: Path) -> Iterator[Tensor]:
-    """Image embeddings of every picture, in order: block by block over all pictures."""
-    vision = checkpoint.config.vision
-    pictures = [p for s in samples for p in s.vision]
-    if not pictures:
-        return
-    lengths = [p.grid.patches for p in pictures]
-    rows = [
-        tuple(
-            torch.from_numpy(np.array(t))
-            for t in vision_rotary_rows(p.grid.h, p.grid.w, vision.spatial_merge_size, vision.head_dim)
-        )
-        for p in pictures
-    ]
-    patch = torch.from_numpy(checkpoint.read("visual.patch_embed.proj.weight")).flatten(1)
-    x = Activations(scratch, lengths, vision.embed_dim)
-    x.write(F.linear(torch.from_numpy(p.pixel_values), patch) for p in pictures)
+def embed_samples(
+    checkpoint: Checkpoint, samples: Sequence[Sample], scratch: Path, embeds: Iterator[Tensor] | None = None
+) -> Iterator[Tensor]:
+    """Hidden states [S, hidden] that enter the first decoder layer, sample by sample.
 
-    def frames(flat: Tensor, index: int) -> Tensor:
-        return flat.view(pictures[index].grid.t, -1, vision.embed_dim)
-
-    for block in range(vision.depth):
-        weights = {n: torch.from_numpy(checkpoint.read(f"visual.blocks.{block}.{n}")) for n in VISION_TENSORS}
-        x.write(
-            vision_block(frames(flat, i), weights, *rows[i], vision).flatten(0, 1) for i, flat in enumerate(x.read())
-        )
-    names = [n for n in checkpoint.names() if n.startswith("visual.merger.")]
-    merger = {n.removeprefix("visual.merger."): torch.from_numpy(checkpoint.read(n)) for n in names}
-    for i, flat in enumerate(x.read()):
-        yield merge(frames(flat, i), merger, vision)
-    x.remove()
-
-
-def embed_samples(checkpoint: Checkpoint, samples: Sequence[Sample], scratch: Path) -> Iterator[Tensor]:
-    """Hidden states [S, hidden] that enter the first decoder layer, sample by sample; `scratch`: a file for the vision
-    encoder's own."""
-    embeds = _vision_tower(checkpoint, samples, scratch)
+    Args:
+        scratch: a file for the vision encoder's own.
+        embeds: image embeddings of every picture, in order; by default the checkpoint's vision encoder makes them.
+    """
+    if embeds is None:
+        embeds = Tower(checkpoint, samples).embeds(scratch)
     for sample in samples:
         ids, inverse = np.unique(sample.ids, return_inverse=True)
         table = np.concatenate([checkpoint.rows("model.embed_tokens.weight", int(i), int(i) + 1) for i in ids])

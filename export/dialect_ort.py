@@ -2,7 +2,8 @@
 
 Keeps to what ONNX Runtime 1.23 runs, the newest for Python 3.10 and so for JetPack 6. Measured choices, with their
 figures, are in benchmarks/LOG.md; in short: MatMulNBits with accuracy_level 4 for weight-only layers;
-DynamicQuantizeMatMul over rows scaled to [-1, 1] for W8A8, which makes the per-tensor kernel per token;
+DynamicQuantizeMatMul over rows scaled to [-1, 1] for W8A8, which makes the per-tensor kernel per token, and
+QuantizeLinear with MatMulIntegerToFloat where a checkpoint brings static scales;
 GroupQueryAttention without its own rotary, because its rotary knows one table per batch and M-RoPE needs one per row.
 """
 
@@ -44,6 +45,7 @@ class OrtDialect:
         self._precision = precision
         self._weights = WeightStore(checkpoint, self.builder, precision.dtype)
         self._scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._coded: dict[tuple[ir.Value, float], ir.Value] = {}
         self._ordered: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
 
     # ------------------------------------------------------------------ plumbing
@@ -129,6 +131,11 @@ class OrtDialect:
     def _product(self, x: ir.Value, names: Sequence[str], bias: bool) -> ir.Value:
         form = self._weights.format_of(names, self._precision.linear)
         added = self._weights.vector(names, "bias") if bias else None
+        pre = self._weights.pre_scale(names[0])
+        if pre is not None:
+            x = self.builder.op("Mul", [x, pre])
+        if form.input_scale is not None:
+            return self._static_product(x, names, form.input_scale, added)
         if form.kind == "float":
             y = self.builder.op("MatMul", [x, self._weights.transposed(names)])
         elif form.kind == "w8a8":
@@ -139,6 +146,19 @@ class OrtDialect:
         else:
             return self._matmul_nbits(x, self._weights.blocks(names, form), added)
         return y if added is None else self.builder.op("Add", [y, added])
+
+    def _static_product(self, x: ir.Value, names: Sequence[str], scale: float, bias: ir.Value | None) -> ir.Value:
+        """x as uint8 around 128, which is the int8 of the scheme (the kernel for u8 × s8 is 40 times that for s8 × s8);
+        layers over one input share it."""
+        zero = self.builder.constant("uint8_128", np.array(128, np.uint8))
+        step = self.builder.constant(f"float32_{scale!r}", np.array(scale, np.float32))
+        if (x, scale) not in self._coded:
+            self._coded[x, scale] = self.builder.op("QuantizeLinear", [x, step, zero])
+        codes, scales = self._weights.channels(names)
+        inputs = [self._coded[x, scale], codes, step, scales, zero, None, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        return self.builder.op("MatMulIntegerToFloat", inputs, domain=MICROSOFT)
 
     def _matmul_nbits(self, x: ir.Value, weight: BlockWeights, bias: ir.Value | None) -> ir.Value:
         if weight.order is not None:

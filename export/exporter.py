@@ -10,7 +10,7 @@ import errno
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -191,20 +191,29 @@ def _int8_cache(checkpoint: Checkpoint, options: ExportOptions) -> bool:
 
 
 def _precisions(checkpoint: Checkpoint, options: ExportOptions, target: Target) -> tuple[str, str]:
-    """(vision, decoder) by name, as asked for; a quantized checkpoint brings its own decoder."""
+    """(vision, decoder) by name, as asked for; a quantized checkpoint brings its own where it has one."""
     vision, decoder = target.precisions[options.precision or DEFAULT_PRECISION]
     vision = options.vision_precision or vision
     decoder = options.decoder_precision or decoder
-    if checkpoint.quantization is None:
-        return vision, decoder
-    own = own_precision(checkpoint.layers.values())
-    if (options.precision or options.decoder_precision) and decoder in target.decoder_precisions and decoder != own:
+    layers = checkpoint.layers.values()
+    own = own_precision(layers, "visual."), own_precision(layers)
+    asked = options.vision_precision, options.precision or options.decoder_precision
+    return (
+        _own(checkpoint, "vision", own[0], vision, asked[0] is not None, target.vision_precisions),
+        _own(checkpoint, "decoder", own[1], decoder, asked[1] is not None, target.decoder_precisions),
+    )
+
+
+def _own(checkpoint: Checkpoint, part: str, own: str | None, name: str, asked: bool, known: Sequence[str]) -> str:
+    if own is None or name not in known:  # an unknown name is told of later
+        return name
+    if asked and name != own and checkpoint.quantization is not None:
         raise InputError(
-            f"{checkpoint.folder}: decoder precision {decoder!r} was asked for, but the decoder of this "
+            f"{checkpoint.folder}: {part} precision {name!r} was asked for, but the {part} of this "
             f"{checkpoint.quantization.method} checkpoint is {own!r}; leave the precision away, or export the "
             "unquantized checkpoint"
         )
-    return vision, own if decoder in target.decoder_precisions else decoder
+    return own
 
 
 def _write(

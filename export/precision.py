@@ -31,13 +31,15 @@ class LinearFormat:
     """How one weight matrix is stored and multiplied.
 
     `float`: in the graph's dtype. `w8a8`: int8 per output channel against activations rounded to int8 per token
-    (per tensor ruins the model). `blocks`: weight-only, `bits` with one scale per `block_size` inputs.
+    (per tensor ruins the model), or with the static `input_scale` (x ≈ input_scale × int8) that calibration found
+    after smoothing. `blocks`: weight-only, `bits` with one scale per `block_size` inputs.
     """
 
     kind: str
     bits: int = 0
     block_size: int = 0
     symmetric: bool = True
+    input_scale: float | None = None
 
 
 @dataclass(frozen=True)

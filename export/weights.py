@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -69,8 +69,8 @@ class WeightStore:
     def mergeable(self, names: Sequence[str]) -> bool:
         """Whether the layers over one input may be one product: all plain, or quantized alike."""
         layers = [self._checkpoint.layer(n) for n in names]
-        alike = {(q.kind == "int8", q.bits, q.block_size) if q else None for q in layers}
-        if len(alike) > 1:
+        alike = {(q.kind == "int8", q.bits, q.block_size, q.input_scale) if q else None for q in layers}
+        if len(alike) > 1 or any(q is not None and "pre_quant_scale" in q.entries for q in layers):
             return False
         orders = [self._quantized.grid(q).order for q in layers if q]
         return all((a is None) == (b is None) and np.array_equal(a, b) for a, b in itertools.pairwise(orders))
@@ -81,7 +81,7 @@ class WeightStore:
         if not layers:
             return plain
         if layers[0].kind == "int8":
-            return W8A8
+            return replace(W8A8, input_scale=layers[0].input_scale)
         symmetric = all(self._quantized.grid(q).zero_points is None for q in layers)
         return LinearFormat("blocks", layers[0].bits, layers[0].block_size, symmetric)
 
@@ -104,6 +104,20 @@ class WeightStore:
             np.float32,
             (1, text.num_key_value_heads, 1, text.head_dim),
             lambda: [self._checkpoint.cache_scale(layer, kind)],
+        )
+
+    def pre_scale(self, name: str) -> ir.Value | None:
+        """[K]: what the layer's input is multiplied with before it is rounded, where the checkpoint says so."""
+        layer = self._checkpoint.layer(name)
+        if layer is None or "pre_quant_scale" not in layer.entries:
+            return None
+        entry = layer.entries["pre_quant_scale"]
+        read = self._checkpoint.files.floats
+        return self._builder.weight(
+            f"{name}.pre_quant_scale:{self.dtype}",
+            self.dtype,
+            entry.shape,
+            lambda: [read(entry.stored_name, entry, 0, entry.shape[0]).astype(self.dtype)],
         )
 
     def transposed(self, names: Sequence[str]) -> ir.Value:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -165,6 +166,7 @@ class Checkpoint:
                 out._check_zero(name, entry)
             if config.text.tie_word_embeddings and HEAD in named:
                 out._check_tied(named[HEAD])
+            out.layers = {name: out._with_input_scale(layer) for name, layer in out.layers.items()}
         except BaseException:
             out.close()
             raise
@@ -189,6 +191,8 @@ class Checkpoint:
             "group_size": sorted({layer.group_size for layer in self.layers.values()}),
             "layers": len(self.layers),
             "precision": own_precision(self.layers.values()),
+            "vision_precision": own_precision(self.layers.values(), "visual."),
+            "static_activations": sum(layer.input_scale is not None for layer in self.layers.values()),
         }
 
     def cache_scale(self, layer: int, kind: str) -> np.ndarray:
@@ -253,6 +257,18 @@ class Checkpoint:
                 "use the unquantized checkpoint"
             )
         return self._entries[name]
+
+    def _with_input_scale(self, layer: QuantizedLayer) -> QuantizedLayer:
+        """The layer with its static scale read, where it has one."""
+        entry, zero = (layer.entries.get(s) for s in ("input_scale", "input_zero_point"))
+        if entry is None:
+            return layer
+        scale = float(self.files.floats(entry.stored_name, entry, 0, 1)[0])
+        if scale <= 0:
+            raise layer.error("input_scale", f"holds {scale:g}, expected a positive number; {AGAIN}")
+        if zero is not None and self.files.integers(zero).any():
+            raise layer.error("input_zero_point", "is not zero; static activations are read symmetric only")
+        return replace(layer, input_scale=scale)
 
     def _check_zero(self, name: str, entry: Entry) -> None:
         """The bias of a layer that has none: old AutoGPTQ wrote zeros for all."""

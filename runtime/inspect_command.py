@@ -98,7 +98,12 @@ def _model_lines(config: Any, quantization: dict[str, Any] | None = None) -> str
             (
                 "quantized",
                 f"{q['method']} ({q['format']}), {q['layers']} layers of {q['bits']} bits, groups {groups}; "
-                f"decoder precision {q['precision']}",
+                + ", ".join(
+                    f"{part} precision {q[key]}"
+                    for part, key in (("decoder", "precision"), ("vision", "vision_precision"))
+                    if q[key] is not None
+                )
+                + (f", {q['static_activations']} with static activations" if q["static_activations"] else ""),
             )
         )
     return tabulate(rows, tablefmt="plain")

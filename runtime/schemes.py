@@ -17,7 +17,15 @@ from edgevl.runtime.cache_scales import cache_scheme_only
 from edgevl.runtime.errors import CheckpointError
 from edgevl.runtime.shards import AGAIN, DTYPES, Entry, more, read_object
 
-__all__ = ["Quantization", "QuantizedLayer", "own_precision", "quantization_config", "read_quantization", "take_layers"]
+__all__ = [
+    "PRE_SCALED",
+    "Quantization",
+    "QuantizedLayer",
+    "own_precision",
+    "quantization_config",
+    "read_quantization",
+    "take_layers",
+]
 
 READ = "read are gptq (4 and 8 bits), awq (version gemm) and compressed-tensors (pack-quantized, int-quantized)"
 INSTEAD = "export the unquantized checkpoint, or one in a format that is read"
@@ -27,13 +35,19 @@ FORMATS = {
     "awq": ("gemm",),
     "compressed-tensors": ("pack-quantized", "int-quantized", "mixed-precision"),
 }
+# int-quantized with a pre_quant_scale, a format of our own: readers that know nothing of that tensor would compute
+# wrongly without a word, so they are given a name that they refuse.
+PRE_SCALED = "int-quantized-pre-scaled"
 # What a quantized layer consists of, by the suffix of the tensor's name.
 CODES = {"gptq": ("qweight",), "awq": ("qweight",), "compressed-tensors": ("weight_packed", "weight")}
 COMPANIONS = (
     *("qzeros", "scales", "g_idx"),
     *("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
 )
-STATIC = ("input_scale", "input_zero_point", "input_global_scale")
+# What else W8A8 may have: the static scale of its input (a zero point of zero beside it), and what the input is
+# multiplied with before it is rounded (ModelOpt's name; compressed-tensors has none).
+STATIC = ("input_scale", "input_zero_point", "pre_quant_scale")
+UNREAD = ("input_global_scale",)
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16
 
 
@@ -46,6 +60,7 @@ class Quantization:
     format: str
     group_size: int
     needs_g_idx: bool
+    activations: frozenset[str] = frozenset()  # of W8A8 layers: "token" (scales found at run time), "tensor" (static)
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class QuantizedLayer:
     group_size: int  # inputs that share a scale; -1: all of them
     shape: tuple[int, int]  # [N, K]
     entries: Mapping[str, Entry]  # by suffix
+    input_scale: float | None = None  # of W8A8: the input's static scale, x ≈ scale × int8; None: found per token
 
     @property
     def group(self) -> int:
@@ -81,9 +97,12 @@ class QuantizedLayer:
         return CheckpointError(f"{entry.path}: tensor {entry.stored_name!r} {problem}")
 
 
-def own_precision(layers: Iterable[QuantizedLayer]) -> str:
-    """The decoder precision that the layers are: the name of the smallest among them."""
-    kinds = {(layer.kind == "int8", layer.bits) for layer in layers}
+def own_precision(layers: Iterable[QuantizedLayer], part: str = "model.layers.") -> str | None:
+    """The precision that the layers of `part` ("visual." for the vision encoder) are: the name of the smallest among
+    them; None where none is quantized."""
+    kinds = {(layer.kind == "int8", layer.bits) for layer in layers if layer.name.startswith(part)}
+    if not kinds:
+        return None
     if any(bits == 4 for _, bits in kinds):
         return "int4"
     return "int8" if all(w8a8 for w8a8, _ in kinds) else "int8-weights"
@@ -129,7 +148,7 @@ def read_quantization(folder: Path) -> Quantization | None:
     if form not in FORMATS[method]:
         raise CheckpointError(f"{where}: {method} in the format {form!r} is not read; {READ}: {INSTEAD}")
     if method == "compressed-tensors":
-        return Quantization(path, method, form, _compressed_group(said, where), False)
+        return Quantization(path, method, form, _compressed_group(said, where), False, _compressed_activations(said))
     group = said.get("group_size", said.get("q_group_size", -1))
     if not isinstance(group, int) or isinstance(group, bool) or not (group == -1 or group > 0):
         raise CheckpointError(f"{where}: group_size is {group!r}, expected a positive number or -1; {AGAIN}")
@@ -163,16 +182,31 @@ def _compressed_group(said: dict[str, Any], where: str) -> int:
     sizes = []
     for name, group in groups.items():
         weights, inputs, form = group["weights"], group.get("input_activations"), group.get("format") or said["format"]
-        if weights.get("type", "int") != "int" or form not in FORMATS["compressed-tensors"]:
+        if weights.get("type", "int") != "int" or form not in (*FORMATS["compressed-tensors"], PRE_SCALED):
             raise CheckpointError(f"{where}: {name} holds {weights.get('type')} weights as {form!r}; {READ}: {INSTEAD}")
-        if form == "int-quantized" and not (
-            isinstance(inputs, dict) and inputs.get("num_bits") == 8 and inputs.get("dynamic") is True
-        ):
+        if form in ("int-quantized", PRE_SCALED) and _activations(inputs) is None:
             raise CheckpointError(
-                f"{where}: {name} is int-quantized without dynamic 8-bit input_activations, not read: {INSTEAD}"
+                f"{where}: {name} is int-quantized, but its input_activations are neither 8-bit dynamic nor 8-bit "
+                f"static per tensor and symmetric, not read: {INSTEAD}"
             )
         sizes.append(weights.get("group_size") or -1)
     return sizes[0] if sizes and isinstance(sizes[0], int) else -1
+
+
+def _activations(inputs: Any) -> str | None:
+    """ "token" or "tensor" of a scheme's input_activations; None for what is not read."""
+    if not isinstance(inputs, dict) or inputs.get("num_bits") != 8 or inputs.get("type", "int") != "int":
+        return None
+    if inputs.get("dynamic") is True:
+        return "token"
+    static = inputs.get("dynamic") is False and inputs.get("strategy") == "tensor" and inputs.get("symmetric", True)
+    return "tensor" if static else None
+
+
+def _compressed_activations(said: dict[str, Any]) -> frozenset[str]:
+    groups = [g for g in said["config_groups"].values() if (g.get("format") or said["format"]) != "pack-quantized"]
+    found = {_activations(g.get("input_activations")) for g in groups}
+    return frozenset(kind for kind in found if kind is not None)
 
 
 # ---------------------------------------------------------------------- what the tensors are
@@ -218,7 +252,7 @@ def _is_part(name: str, named: Mapping[str, Entry]) -> bool:
     module, _, suffix = name.rpartition(".")
     if suffix == "weight":
         return named[name].dtype == "I8" and f"{module}.weight_scale" in named
-    return suffix in (*COMPANIONS, *STATIC, "qweight", "weight_packed")
+    return suffix in (*COMPANIONS, *STATIC, *UNREAD, "qweight", "weight_packed")
 
 
 def _layer(
@@ -242,10 +276,12 @@ def _layer(
             f"of another checkpoint: {AGAIN}"
         )
     shape = shapes.get(f"{module}.weight", ())
-    if not module.startswith("model.layers.") or len(shape) != 2:
+    w8a8 = said.method == "compressed-tensors" and suffix == "weight"
+    if not module.startswith(("model.layers.", "visual.") if w8a8 else "model.layers.") or len(shape) != 2:
         raise CheckpointError(
             f"{codes.path}: tensor {codes.stored_name!r}: {module} is quantized; read are quantized linear layers of "
-            f"the decoder that config.json describes, embedding, head and vision encoder must be plain: {INSTEAD}"
+            "the decoder that config.json describes, and of the vision encoder in int-quantized W8A8; embedding and "
+            f"head must be plain: {INSTEAD}"
         )
     plain = named.get(f"{module}.weight")
     if plain is not None:
@@ -253,11 +289,11 @@ def _layer(
             f"{plain.path}: tensor {plain.stored_name!r} and {codes.stored_name!r} (in {codes.path.name}) are both "
             "there; remove the one that does not belong to the checkpoint"
         )
-    static = [entries[s] for s in STATIC if s in entries]
-    if static:
+    static = [entries[s] for s in (*STATIC, *UNREAD) if s in entries]
+    if static and (suffix != "weight" or any(s in entries for s in UNREAD)):
         raise CheckpointError(
-            f"{static[0].path}: tensor {static[0].stored_name!r}: activations with static scales are not read, those "
-            f"rounded at run time are: {INSTEAD}"
+            f"{static[0].path}: tensor {static[0].stored_name!r}: scales of activations are read beside int8 weights "
+            f"per channel only: {INSTEAD}"
         )
     n, k = shape
     match said.method:
@@ -317,12 +353,25 @@ def _packed(module: str, entries: dict[str, Entry], n: int, k: int, said: Quanti
 
 
 def _int8(module: str, entries: dict[str, Entry], n: int, k: int, said: Quantization) -> QuantizedLayer:
-    kept = _complete(module, entries, ("weight", "weight_scale"), ("weight_zero_point",))
+    kept = _complete(module, entries, ("weight", "weight_scale"), ("weight_zero_point", *STATIC))
     _expect(kept["weight"], ("I8",), (n, k))
     scale = kept["weight_scale"]
     _expect(scale, DTYPES, (n, 1) if len(scale.shape) == 2 else (n,))
     if "weight_zero_point" in kept:
         _expect(kept["weight_zero_point"], ("I8",), scale.shape)
+    if "pre_quant_scale" in kept:
+        _expect(kept["pre_quant_scale"], DTYPES, (k,))
+    first = kept.get("input_scale") or kept.get("input_zero_point")
+    if first is not None and "tensor" not in said.activations:
+        raise CheckpointError(
+            f"{first.path}: tensor {first.stored_name!r} is a static scale of activations, but {said.where.name} says "
+            f"that they are rounded at run time; {AGAIN}"
+        )
+    if said.activations == {"tensor"} or "input_zero_point" in kept:
+        kept = _complete(module, kept, ("input_scale",), tuple(kept))
+    for suffix, dtypes in (("input_scale", DTYPES), ("input_zero_point", ("I8",))):
+        if suffix in kept:
+            _expect(kept[suffix], dtypes, () if not kept[suffix].shape else (1,))
     return QuantizedLayer(module, "int8", 1, 8, -1, (n, k), kept)
 
 

@@ -114,6 +114,11 @@ def int8_tensors(layer: Layer) -> dict[str, np.ndarray]:
     return {"weight": (layer.q - 128).T.astype(np.int8), "weight_scale": layer.s.T}
 
 
+def static_tensors(layer: Layer) -> dict[str, np.ndarray]:
+    """As `int8_tensors`, with a static scale of the input, large enough for all."""
+    return {**int8_tensors(layer), "input_scale": np.array([0.0625], np.float32)}
+
+
 @dataclass
 class Written:
     """A quantized checkpoint, and the plain one of its dequantized weights."""
@@ -198,13 +203,13 @@ def awq_config(**changes: Any) -> dict[str, Any]:
 
 
 def compressed_config(
-    form: str, bits: int, group: int = 32, symmetric: bool = True, inputs: bool = False
+    form: str, bits: int, group: int = 32, symmetric: bool = True, inputs: str | None = None
 ) -> dict[str, Any]:
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric}
     weights |= (
         {"strategy": "channel", "group_size": None} if group == -1 else {"strategy": "group", "group_size": group}
     )
-    activations = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"} if inputs else None
+    activations = {"num_bits": 8, "type": "int", "dynamic": inputs == "token", "strategy": inputs} if inputs else None
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
     return {
         "quantization_config": {
@@ -407,7 +412,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (decoder precision, 
         "int8",
         {
             "tensors": int8_tensors,
-            "config": compressed_config("int-quantized", 8, -1, inputs=True),
+            "config": compressed_config("int-quantized", 8, -1, inputs="token"),
+            "recipe": all_by(Recipe(8, -1)),
+        },
+    ),
+    "static activations": (
+        "int8",
+        {
+            "tensors": static_tensors,
+            "config": compressed_config("int-quantized", 8, -1, inputs="tensor"),
             "recipe": all_by(Recipe(8, -1)),
         },
     ),

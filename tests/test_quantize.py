@@ -24,6 +24,7 @@ from edgevl.calibration.dataset import Sample, SampleSource
 from edgevl.calibration.driver import quantize_checkpoint
 from edgevl.calibration.fidelity import DivergenceSum
 from edgevl.calibration.recipes import RECIPES, recipe
+from edgevl.calibration.w8a8 import rounding
 from edgevl.runtime import cli
 from edgevl.runtime.errors import CheckFailedError, CheckpointError, EngineError, InputError
 from edgevl.tasks import TASKS
@@ -188,13 +189,16 @@ def test_w8a8(tmp_path: Path, samples: list[Sample], held_out: list[Sample]) -> 
         assert np.mean([a.score.value for a in answer_cases(model, cases)]) > 0.6
 
 
-def test_round_tokens_is_the_kernels_arithmetic() -> None:
+def test_rounding_is_the_kernels_arithmetic() -> None:
     x = torch.tensor([[1.0, -0.5, 0.003], [1000.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
-    rounded = driver.round_tokens("o", x)
-    assert rounded is not None and driver.round_tokens("k", x) is None
+    watch = rounding({"o": None, "down": 2.0}, {"down": torch.tensor([1.0, 1.0, 1000.0])})
+    rounded = watch("o", x)
+    assert rounded is not None and watch("k", x) is None
     step = torch.tensor([[1 / 127.5], [1000 / 127.5], [0.0]])
     assert (rounded - x).abs().le(step * 0.5001 + 1e-6).all() and torch.equal(rounded[2], x[2])
     assert rounded[0, 2] == 0 and rounded[1, 1] == 0, "each token has a step of its own"
+    fixed = watch("down", x)
+    assert fixed is not None and fixed.tolist() == [[0.0, 0.0, 4.0], [254.0, 4.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_killed_runs_go_on_to_the_same_bytes(tmp_path: Path, samples: list[Sample]) -> None:

@@ -46,8 +46,9 @@ def stored_weights(bundle: Path) -> dict[str, np.ndarray]:
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             weight = _unpack_blocks(node, arrays, producers)
-        elif node.op_type == "DynamicQuantizeMatMul":
-            weight = arrays[node.input[1]].T.astype(np.float32) * arrays[node.input[2]][:, None]
+        elif node.op_type in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
+            scale = arrays[node.input[2 if node.op_type == "DynamicQuantizeMatMul" else 3]]
+            weight = arrays[node.input[1]].T.astype(np.float32) * scale[:, None]
         else:
             continue
         found[node.input[1].split(".weight.")[0]] = weight
@@ -101,8 +102,8 @@ def test_codes_reach_the_graph(name: str, tmp_path: Path) -> None:
     assert seen == set(written.weights)
     export_bundle(written.plain, tmp_path / "reference", ExportOptions("fp32"))
     expected = _logits(tmp_path / "reference")[0]
-    for prefill in (True, False):
-        assert cosine(_logits(tmp_path / "b", prefill)[0], expected) > 0.999
+    for prefill in (True, False):  # one coarse scale for all activations has its price
+        assert cosine(_logits(tmp_path / "b", prefill)[0], expected) > (0.99 if "static" in name else 0.999)
 
 
 def graph_nodes(bundle: Path) -> list[Any]:
@@ -147,6 +148,23 @@ def test_merging(name: str, merged: bool, tmp_path: Path) -> None:
     zeros = {n.input[1] for n in graph_nodes(tmp_path / "b") if n.op_type == "MatMulNBits" and len(n.input) > 3}
     zeros = {n.split(".weight")[0].rsplit(".", 1)[-1] for n in zeros if n.endswith("z")}
     assert zeros == ({"q_proj+k_proj+v_proj", "up_proj"} if "asymmetric" in name else set())
+
+
+def test_layers_with_unlike_input_scales_are_not_merged(tmp_path: Path) -> None:
+    """Observers of q, k and v may have seen different samples; codes and scales are theirs."""
+    written = write(tmp_path, **CASES["static activations"][1])
+    path = written.folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[Q0.replace("q_proj", "v_proj") + ".input_scale"] *= 2
+    save_file(tensors, path)
+    with Checkpoint.open(written.folder) as checkpoint:
+        scales = [layer.input_scale for layer in checkpoint.layers.values()]
+        assert scales.count(0.0625) == 13 and scales.count(0.125) == 1
+    export_bundle(written.folder, tmp_path / "b", ExportOptions(vision_precision="fp32"))
+    keys = [n.input[1].split(".weight")[0] for n in graph_nodes(tmp_path / "b") if n.op_type == "MatMulIntegerToFloat"]
+    assert Q0 in keys and f"{Q0.replace('0.self', '1.self')}+k_proj+v_proj" in keys
+    rounded = [n.input[1] for n in graph_nodes(tmp_path / "b") if n.op_type == "QuantizeLinear"]
+    assert rounded.count("float32_0.125") == 1 and rounded.count("float32_0.0625") == 8
 
 
 def test_old_autogptq(tmp_path: Path) -> None:

@@ -93,10 +93,19 @@ def scheme(**changes: Any) -> dict[str, Any]:
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is not read"),
         (scheme(weights={"type": "float", "num_bits": 8}), "group_0 holds float weights"),
         (scheme(format="nvfp4-pack-quantized"), "as 'nvfp4-pack-quantized'"),
-        (scheme(format="int-quantized"), "int-quantized without dynamic 8-bit input_activations"),
-        (
-            scheme(format="int-quantized", input_activations={"num_bits": 8, "dynamic": False}),
-            "int-quantized without dynamic 8-bit input_activations",
+        (scheme(format="int-quantized"), "are neither 8-bit dynamic nor 8-bit static per tensor and symmetric"),
+        *(
+            (
+                scheme(format="int-quantized", input_activations={"num_bits": 8, "dynamic": False, **inputs}),
+                "are neither",
+            )
+            for inputs in (
+                {},
+                {"strategy": "channel"},
+                {"strategy": "tensor", "symmetric": False},
+                {"strategy": "tensor", "num_bits": 4},
+                {"strategy": "tensor", "type": "float"},
+            )
         ),
     ],
 )
@@ -105,6 +114,10 @@ def test_compressed_tensors_that_are_not_read(broken: Path, changes: dict[str, A
     set_config(broken, **{**config, **changes})
     found = error(broken)
     assert message in found and "export the unquantized checkpoint" in found
+
+
+def poison_scale(value: float) -> Callable[..., Any]:
+    return lambda t: t.update({f"{Q0}.input_scale": torch.tensor([value])})
 
 
 def drop(suffix: str) -> Callable[[dict[str, torch.Tensor]], Any]:
@@ -139,7 +152,7 @@ def put(suffix: str, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -
             put("weight_scale", (128, 1), torch.float16),
             "unexpected tensor 'model.layers.0.self_attn.q_proj.weight_",
         ),
-        (put("input_scale", (1,), torch.float32), "activations with static scales are not read"),
+        (put("input_scale", (1,), torch.float32), "scales of activations are read beside int8 weights per channel"),
         (put("weight_packed", (128, 16)), "unexpected tensor 'model.layers.0.self_attn.q_proj.weight_packed'"),
         (
             lambda t: t.update({"lm_head.qweight": t[f"{Q0}.qweight"].clone()}),
@@ -147,7 +160,7 @@ def put(suffix: str, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -
         ),
         (
             lambda t: t.update({"visual.blocks.0.mlp.fc1.qweight": t[f"{Q0}.qweight"].clone()}),
-            "visual.blocks.0.mlp.fc1 is quantized",
+            "visual.blocks.0.mlp.fc1 is quantized; read are",
         ),
         (
             lambda t: t.update({"model.layers.7.mlp.up_proj.qweight": t[f"{Q0}.qweight"].clone()}),
@@ -222,7 +235,34 @@ def test_activation_order_without_its_index(tmp_path: Path) -> None:
             put("weight", (128, 64), torch.int8),
             "q_proj.weight' is I8 [128, 64], expected I8 [128, 128]",
         ),
-        ("int8 channels and activations", put("input_scale", (1,), torch.float32), "static scales are not read"),
+        ("int8 channels and activations", put("input_scale", (1,), torch.float32), "says that they are rounded at run"),
+        (
+            "int8 channels and activations",
+            put("input_zero_point", (1,), torch.int8),
+            "says that they are rounded at run",
+        ),
+        (
+            "int8 channels and activations",
+            put("input_global_scale", (1,), torch.float32),
+            "are read beside int8 weights",
+        ),
+        ("int8 channels and activations", put("pre_quant_scale", (64,), torch.float32), "scale' is F32 [64], expected"),
+        (
+            "packed symmetric",
+            lambda t: t.update({"visual.blocks.0.mlp.fc1.weight_packed": torch.ones((128, 4), dtype=torch.int32)}),
+            "visual.blocks.0.mlp.fc1 is quantized; read are",
+        ),
+        ("static activations", drop("input_scale"), "q_proj.input_scale' is missing"),
+        ("static activations", put("input_scale", (2,), torch.float32), "input_scale' is F32 [2], expected"),
+        ("static activations", put("input_scale", (1,), torch.int32), "input_scale' is I32 [1], expected"),
+        ("static activations", poison_scale(-1.0), "input_scale' holds -1, expected a positive number"),
+        ("static activations", poison_scale(0.0), "input_scale' holds 0, expected a positive number"),
+        ("static activations", poison_scale(float("nan")), "input_scale' holds nan"),
+        (
+            "static activations",
+            put("input_zero_point", (1,), torch.int8),
+            "is not zero; static activations are read symm",
+        ),
     ],
 )
 def test_broken_layers_of_other_methods(tmp_path: Path, name: str, change: Callable, message: str) -> None:

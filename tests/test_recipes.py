@@ -25,12 +25,14 @@ def test_conversations_are_read_back(tmp_path: Path) -> None:
 
 
 def test_table() -> None:
-    done = CliRunner().invoke(main, [str(DEMO), "--samples", "12", "--cases", "4", "--recipes", "rtn-int4,w8a8"])
+    done = CliRunner().invoke(
+        main, [str(DEMO), "--samples", "12", "--cases", "4", "--recipes", "rtn-int4,w8a8,none+int8"]
+    )
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["fp32", "rtn-int4", "w8a8"]
-    kl = [float(line.split("|")[3]) for line in lines[3:5]]
-    assert kl[0] > kl[1] > 0 and "48 cases" in done.output
+    assert [line.split("|")[1].strip() for line in lines[2:6]] == ["fp32", "rtn-int4", "w8a8", "none+int8"]
+    kl = [float(line.split("|")[4]) for line in lines[3:6]]
+    assert kl[0] > kl[1] > 0 and kl[0] > kl[2] > 0 and "48 cases" in done.output
 
 
 def test_an_unknown_recipe_is_named() -> None:

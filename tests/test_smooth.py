@@ -255,15 +255,10 @@ def slow_w8a8(x: np.ndarray, weight: np.ndarray, activations: str) -> float:
     q = quantize_channels(weight.astype(np.float32))
     found = np.zeros((len(x), len(weight)))
     for t, token in enumerate(x):
-        if activations == "token":
-            low, high = min(0.0, token.min()), max(0.0, token.max())
-            scale = (high - low) / 255
-            zero = np.rint(-low / scale)
-        else:
-            scale, zero = np.abs(x).max() / 127, 0.0
-        codes = np.rint(token / scale) + zero
+        scale = np.abs(token).max() / 127.5 if activations == "token" else np.abs(x).max() / 127
+        codes = np.rint(token / scale)
         for n in range(len(weight)):
-            found[t, n] = sum((c - zero) * scale * int(k) * float(q.scales[n]) for c, k in zip(codes, q.codes[n]))
+            found[t, n] = sum(c * scale * int(k) * float(q.scales[n]) for c, k in zip(codes, q.codes[n]))
     exact = x @ weight.T
     return float(((found - exact) ** 2).sum() / (exact**2).sum())
 
