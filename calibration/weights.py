@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,23 +14,35 @@ from torch import Tensor
 from edgevl.calibration.activations import Activations
 from edgevl.calibration.dataset import Sample
 from edgevl.calibration.layers import DECODER_TENSORS, VISION_TENSORS, merge, rms_norm, vision_block
-from edgevl.runtime.checkpoint import Checkpoint
+from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.mrope import vision_rotary_rows
 
-__all__ = ["Head", "embed_samples", "layer_weights"]
+__all__ = ["Head", "Tensors", "embed_samples", "layer_weights", "same_head"]
+
+_ROWS = 4096  # of two tables that are compared
 
 
-def layer_weights(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+class Tensors(Protocol):
+    """Float tensors by their released names: `Checkpoint`, or `FloatCheckpoint` where some are stored quantized."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    def names(self) -> list[str]: ...
+    def read(self, name: str) -> np.ndarray: ...
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray: ...
+
+
+def layer_weights(checkpoint: Tensors, layer: int) -> dict[str, Tensor]:
     """The tensors of decoder layer `layer`, float32, by their names within it."""
     return {n: torch.from_numpy(checkpoint.read(f"model.layers.{layer}.{n}")) for n in DECODER_TENSORS}
 
 
-def _table_name(checkpoint: Checkpoint) -> str:
+def _table_name(checkpoint: Tensors) -> str:
     """The tensor that the head multiplies with."""
     return "model.embed_tokens.weight" if checkpoint.config.text.tie_word_embeddings else "lm_head.weight"
 
 
-def _vision_tower(checkpoint: Checkpoint, samples: Sequence[Sample], scratch: Path) -> Iterator[Tensor]:
+def _vision_tower(checkpoint: Tensors, samples: Sequence[Sample], scratch: Path) -> Iterator[Tensor]:
     """Image embeddings of every picture, in order: block by block over all pictures."""
     vision = checkpoint.config.vision
     pictures = [p for s in samples for p in s.vision]
@@ -62,7 +75,7 @@ def _vision_tower(checkpoint: Checkpoint, samples: Sequence[Sample], scratch: Pa
     x.remove()
 
 
-def embed_samples(checkpoint: Checkpoint, samples: Sequence[Sample], scratch: Path) -> Iterator[Tensor]:
+def embed_samples(checkpoint: Tensors, samples: Sequence[Sample], scratch: Path) -> Iterator[Tensor]:
     """Hidden states [S, hidden] that enter the first decoder layer, sample by sample; `scratch`: a file for the vision
     encoder's own."""
     embeds = _vision_tower(checkpoint, samples, scratch)
@@ -78,10 +91,20 @@ def embed_samples(checkpoint: Checkpoint, samples: Sequence[Sample], scratch: Pa
 class Head:
     """The final norm and the head: final hidden states [n, hidden] -> logits float32 [n, vocab]."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Tensors) -> None:
         self._epsilon = checkpoint.config.text.rms_norm_eps
         self._norm = torch.from_numpy(checkpoint.read("model.norm.weight"))
         self._table = torch.from_numpy(checkpoint.read(_table_name(checkpoint)))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return F.linear(rms_norm(hidden, self._norm, self._epsilon), self._table)
+
+
+def same_head(a: Tensors, b: Tensors) -> bool:
+    """Whether two checkpoints have the same final norm and head, so that one `Head` serves both."""
+    if not np.array_equal(a.read("model.norm.weight"), b.read("model.norm.weight")):
+        return False
+    vocab = a.config.text.vocab_size
+    ranges = ((i, min(i + _ROWS, vocab)) for i in range(0, vocab, _ROWS))
+    names = _table_name(a), _table_name(b)
+    return all(np.array_equal(a.rows(names[0], *r), b.rows(names[1], *r)) for r in ranges)

@@ -22,7 +22,7 @@ from edgevl.export.graph import DataFile
 from edgevl.export.precision import DECODER_PRECISIONS, Precision, decoder_precision, vision_precision
 from edgevl.export.vision_encoder import write_vision_encoder
 from edgevl.runtime.bundle import MANIFEST, Bundle, FileEntry, GraphEntry, file_sha256
-from edgevl.runtime.checkpoint import Checkpoint, expected_shapes
+from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint, expected_shapes
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, InputError
 from edgevl.runtime.graph_spec import decoder_spec, vision_spec
@@ -292,7 +292,8 @@ def _expected_bytes(checkpoint: Checkpoint, plan: _Plan) -> int:
         width = set()
         for p in precisions:
             form = p.table if is_table else p.linear
-            if len(shape) < 2 or form.kind == "float" or "patch_embed" in name:
+            kept = checkpoint.layers and name.startswith(DECODER_LAYERS)  # see WeightStore.format_of
+            if len(shape) < 2 or form.kind == "float" or kept or "patch_embed" in name:
                 width.add(2.0 if p.dtype == "float16" else 4.0)
             elif form.kind == "w8a8":
                 width.add(1.0)

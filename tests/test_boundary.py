@@ -20,6 +20,7 @@ ALLOWED = {  # folder -> edgevl packages that it may import
 DOORS = {  # number formats (numpy only), which export needs to round plain weights and to read packed ones
     ("export", "edgevl.calibration.formats"),
     ("export", "edgevl.calibration.packing"),
+    ("export", "edgevl.calibration.quantized"),
 }
 DEVICE = {"numpy", "PIL", "tokenizers", "jinja2", "onnxruntime", "click", "tqdm", "tabulate", "tensorrt", "av"}
 HUB = "huggingface_hub"  # only runtime/checkpoint.py, only when a hub id is asked for
