@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgevl.calibration.recipes import Recipe
+from edgevl.calibration.recipes import PLAIN, Recipe
 from edgevl.runtime.checkpoint import Checkpoint
 
 __all__ = ["as_stored", "quantization_config", "save_shard", "shard_name", "write_rest"]
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Layers over one input, and the name under which vLLM fuses them.
+_FUSED = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj"))
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json")
 
 
@@ -68,9 +71,27 @@ def _gptq(recipe: Recipe) -> dict[str, Any]:
         "lm_head": False,
         "modules_in_block_to_quantize": None,
     }
+    dynamic = _overrides(recipe)
     if recipe.down_bits and recipe.down_bits != recipe.bits:
-        config["dynamic"] = {r"+:.*mlp\.down_proj.*": {"bits": recipe.down_bits}}
+        dynamic[r"+:.*mlp\.down_proj.*"] = {"bits": recipe.down_bits}
+    if dynamic:
+        config["dynamic"] = dynamic
     return config
+
+
+def _overrides(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """GPTQModel's `dynamic`: patterns for re.match on module names, the first that fits counts; `-:` leaves a module
+    plain. Layers over one input share a pattern that also fits the name of their product (vLLM's qkv_proj)."""
+    found: dict[str, dict[str, int]] = {}
+    for name, bits in recipe.overrides.items():
+        block, kind = name.removeprefix("model.").rsplit(".", 1)
+        *parts, fused = next((f for f in _FUSED if kind in f), (kind,))
+        alike = all(recipe.bits_of(f"model.{block}.{part}") == bits for part in parts)
+        kinds = (*parts, fused) if alike else (kind,)
+        some = "|".join(k.removesuffix("_proj") for k in kinds)
+        pattern = rf":.*{re.escape(block)}\.({some})_proj$"
+        found[f"-{pattern}" if bits == PLAIN else f"+{pattern}"] = {} if bits == PLAIN else {"bits": bits}
+    return found
 
 
 def _compressed_tensors() -> dict[str, Any]:

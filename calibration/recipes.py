@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from edgevl.runtime.errors import InputError
 
-__all__ = ["RECIPES", "Recipe", "recipe"]
+__all__ = ["PLAIN", "RECIPES", "Recipe", "recipe"]
+
+PLAIN = 16  # bits of a layer that stays as the checkpoint has it
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Recipe:
     """bits and group_size of the layers; down_bits: of down_proj, which makes a third of int4's damage and which error
     feedback helps least; method: `rtn` rounds to nearest, `gptq` spreads every column's error over the later ones,
     `w8a8` rounds weights to int8 per output channel for activations in int8 per token, after SmoothQuant on all four
-    points with `alpha`."""
+    points with `alpha`; overrides: bits of single layers by name (8, or PLAIN), which `--auto` chooses."""
 
     name: str
     method: str
@@ -24,6 +27,7 @@ class Recipe:
     clip: bool = True
     down_bits: int = 0  # 0: as `bits`
     alpha: float = 0.0  # of w8a8
+    overrides: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def needs_samples(self) -> bool:
@@ -32,6 +36,8 @@ class Recipe:
 
     def bits_of(self, layer: str) -> int:
         """Of a linear layer by its name, such as `model.layers.0.mlp.down_proj`."""
+        if layer in self.overrides:
+            return self.overrides[layer]
         return self.down_bits if self.down_bits and layer.endswith("down_proj") else self.bits
 
 

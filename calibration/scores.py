@@ -8,6 +8,7 @@ so that the difference is the quantization's.
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 import subprocess
 import sys
@@ -15,21 +16,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgevl.calibration.fidelity import Interval, bootstrap
+from edgevl.calibration.fidelity import Interval
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.errors import CheckpointError, EdgeVLError, InputError
-from edgevl.tasks import TASKS, Answered, score_bundle, summarize
+from edgevl.tasks import TASKS, Answered, score_bundle, wilson
 
-__all__ = ["MEAN", "Gate", "TaskScore", "check_scoring", "parse_min_scores", "score_gates", "score_pair"]
+__all__ = [
+    "MEAN",
+    "Gate",
+    "TaskScore",
+    "check_scoring",
+    "compare_answers",
+    "paired_interval",
+    "parse_min_scores",
+    "score_gates",
+    "score_pair",
+]
 
 MEAN = "mean"
+_Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class TaskScore:
     """One task, or the mean over all (`task` is "mean"). before, after: share of right answers of n cases; the
-    intervals are 95 % (Wilson's for a task, bootstrapped for the mean). change: after - before on the same cases, with
-    its bootstrapped interval. lost, won: cases answered right by the original only, by the quantized only."""
+    intervals are 95 % (Wilson's). change: after - before on the same cases, its interval that of `paired_interval`.
+    lost, won: cases answered right by the original only, by the quantized only."""
 
     task: str
     n: int
@@ -123,22 +135,33 @@ def score_pair(
 
 
 def compare_answers(before: Sequence[Answered], after: Sequence[Answered]) -> list[TaskScore]:
-    """One row per task and the mean over tasks; both lists hold the same cases in the same order."""
-    rows = []
-    for b, a in zip(summarize(before), summarize(after), strict=True):
-        right = [
-            (float(x.score.correct), float(y.score.correct)) for x, y in zip(before, after) if x.case.task == b.task
-        ]
-        change = [y - x for x, y in right]
-        lost, won = sum(c < 0 for c in change), sum(c > 0 for c in change)
-        difference = sum(change) / b.n, bootstrap(change)
-        rows.append(TaskScore(b.task, b.n, b.right, b.interval, a.right, a.interval, *difference, lost, won))
-    # as many cases of every task: the mean over tasks is the mean over cases
-    x, y = ([float(s.score.correct) for s in some] for some in (before, after))
-    change = [b - a for a, b in zip(x, y)]
-    means = sum(x) / len(x), bootstrap(x), sum(y) / len(y), bootstrap(y), sum(change) / len(x), bootstrap(change)
-    rows.append(TaskScore(MEAN, len(x), *means, sum(r.lost for r in rows), sum(r.won for r in rows)))
-    return rows
+    """One row per task, in the yardstick's order, and the mean over tasks.
+
+    Args:
+        before, after: the same cases in the same order, as many of every task, so the mean over tasks is that over cases.
+    """
+    right = [(a.case.task, a.score.correct, b.score.correct) for a, b in zip(before, after, strict=True)]
+    tasks = [t for t in TASKS if any(t == task for task, *_ in right)]
+    rows = [_row(task, [(a, b) for t, a, b in right if t == task]) for task in tasks]
+    return [*rows, _row(MEAN, [(a, b) for _, a, b in right])]
+
+
+def _row(name: str, right: Sequence[tuple[bool, bool]]) -> TaskScore:
+    n, before, after = len(right), sum(a for a, _ in right), sum(b for _, b in right)
+    lost, won = sum(a and not b for a, b in right), sum(b and not a for a, b in right)
+    intervals = wilson(before, n), wilson(after, n), paired_interval(lost, won, n)
+    return TaskScore(
+        name, n, before / n, intervals[0], after / n, intervals[1], (won - lost) / n, intervals[2], lost, won
+    )
+
+
+def paired_interval(lost: int, won: int, n: int) -> Interval:
+    """95 % interval of a change of shares on the same n cases: Wald's after half a case more in each of the four cells
+    (Agresti and Min, Simple improved confidence intervals for comparing matched proportions, Statistics in Medicine
+    2005), which stays honest where nothing changed."""
+    b, c, m = lost + 0.5, won + 0.5, n + 2
+    half = _Z95 * math.sqrt(max(b + c - (c - b) ** 2 / m, 0)) / m
+    return (c - b) / m - half, (c - b) / m + half
 
 
 def score_gates(scores: Sequence[TaskScore], limits: Mapping[str, float]) -> list[Gate]:

@@ -21,6 +21,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "export": ("edgevl.export.commands", "A checkpoint folder (or hub id) becomes a bundle.", "export"),
     "quantize": ("edgevl.calibration.commands", "A checkpoint becomes a quantized checkpoint.", "host"),
+    "fidelity": ("edgevl.calibration.fidelity_command", "What quantization did to a model, with plots.", "host"),
     "run": ("edgevl.runtime.commands", "Answer one prompt about pictures.", "ort"),
     "chat": ("edgevl.runtime.commands", "A conversation at the terminal.", "ort"),
     "verify": ("edgevl.runtime.commands", "Replay a bundle's golden vectors, stage by stage.", "ort"),
