@@ -88,8 +88,8 @@ def _overrides(recipe: Recipe) -> dict[str, dict[str, int]]:
         *parts, fused = next((f for f in _FUSED if kind in f), (kind,))
         alike = all(recipe.bits_of(f"model.{block}.{part}") == bits for part in parts)
         kinds = (*parts, fused) if alike else (kind,)
-        some = "|".join(k.removesuffix("_proj") for k in kinds)
-        pattern = rf":.*{re.escape(block)}\.({some})_proj$"
+        some = "|".join(kinds) if len(kinds) == 1 else f"({'|'.join(kinds)})"
+        pattern = rf":.*{re.escape(block)}\.{some}$"
         found[f"-{pattern}" if bits == PLAIN else f"+{pattern}"] = {} if bits == PLAIN else {"bits": bits}
     return found
 

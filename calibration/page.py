@@ -67,9 +67,7 @@ def _provenance(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _number(value: float | None) -> str:
     """Three significant digits."""
-    if value is None:
-        return ""
-    return f"{value:.3g}" if value == 0 or abs(value) < 1e-3 else f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}"
+    return "" if value is None else f"{value:.3g}"
 
 
 def _percent(value: float) -> str:

@@ -138,7 +138,7 @@ def compare_answers(before: Sequence[Answered], after: Sequence[Answered]) -> li
     """One row per task, in the yardstick's order, and the mean over tasks.
 
     Args:
-        before, after: the same cases in the same order, as many of every task, so the mean over tasks is that over cases.
+        before, after: the same cases in the same order, as many of every task: one mean for both.
     """
     right = [(a.case.task, a.score.correct, b.score.correct) for a, b in zip(before, after, strict=True)]
     tasks = [t for t in TASKS if any(t == task for task, *_ in right)]

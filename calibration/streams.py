@@ -42,7 +42,9 @@ class Streams:
 
     def start(self, name: str, tensors: Tensors) -> None:
         """What enters the first layer of a checkpoint: token embeddings, pictures through its vision encoder."""
-        self._file(name).write(embed_samples(tensors, self._samples, self._folder / f"vision-{name}.npy"))
+        scratch = self._folder / f"vision-{name}.npy"
+        self._file(name).write(embed_samples(tensors, self._samples, scratch))
+        scratch.unlink(missing_ok=True)
 
     def read(self, name: str) -> Iterator[Tensor]:
         """Hidden states [S, hidden], sample by sample."""
