@@ -59,8 +59,8 @@ def quantize(checkpoint: str, output: str, recipe_name: str, images: str | None,
     """
     chosen = recipe(recipe_name, options["group_size"])
     asked = wanted(options)
-    check_output(Path(output).absolute())
     _check(chosen, asked, images, options["auto"])
+    check_output(Path(output).absolute())
     samples, held_out = _samples(checkpoint, chosen, images, options)
     made = {"recipe": asdict(chosen), "images": images and Path(images).name, "samples": len(samples)}
     made |= {key: options[key] for key in ("seed", "max_pixels")}
@@ -87,6 +87,10 @@ def quantize(checkpoint: str, output: str, recipe_name: str, images: str | None,
 
 def _check(chosen: Recipe, asked: Wanted, images: str | None, auto: bool) -> None:
     """What would fail only after the work."""
+    if images is None and chosen.needs_samples:
+        raise InputError(
+            f"recipe {chosen.name!r} calibrates on pictures; pass --images with a folder of pictures or a .jsonl"
+        )
     if auto and asked.max_kl is None:
         raise InputError(
             "--auto raises layers until the KL to the original is small enough; pass --max-kl with the limit"
@@ -105,10 +109,6 @@ def _samples(
 ) -> tuple[list[Sample], list[Sample]]:
     """Samples to calibrate on, and others held out: an eighth, at most 8."""
     if images is None:
-        if chosen.needs_samples:
-            raise InputError(
-                f"recipe {chosen.name!r} calibrates on pictures; pass --images with a folder of pictures or a .jsonl"
-            )
         return [], []
     conversations = read_conversations(images)
     began = time.monotonic()

@@ -281,6 +281,33 @@ def test_gates_on_scores(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert not [p for p in (tmp_path / "q").iterdir() if "partial" in p.name or p.suffix == ".npy"]
 
 
+def test_a_report_that_was_cut_short(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up while hidden states are measured: nothing is published, and --resume ends in the same bytes."""
+    folder = save_checkpoint(random_model(**SIZE), tmp_path / "tiny")
+    spoken = save_conversations(tmp_path / "c", 10)
+    given = ("quantize", folder, "--recipe", "rtn-int4", "--images", spoken, "--samples", 6)
+    assert run(*given, "-o", tmp_path / "whole") == 0
+    with monkeypatch.context() as patched:
+
+        def full(*_: Any, **__: Any) -> None:
+            (tmp_path / ".q.partial" / "fidelity.partial" / "rest.npy").write_bytes(b"0")
+            raise OSError(28, "No space left on device")
+
+        patched.setattr(report, "compare", full)
+        assert run(*given, "-o", tmp_path / "q") == 2
+    assert "the disk is full; free some space, then go on with --resume" in capfd.readouterr().err
+    assert not (tmp_path / "q").exists()
+    left = tmp_path / ".q.partial" / "fidelity.partial"
+    left.mkdir()  # as after a kill
+    (left / "rest.npy").write_bytes(b"0")
+    assert run(*given, "-o", tmp_path / "q", "--resume") == 0
+    ours, theirs = digest(tmp_path / "q"), digest(tmp_path / "whole")
+    assert ours.pop("fidelity.json") == theirs.pop("fidelity.json").replace(b'"name": "whole"', b'"name": "q"')
+    assert ours == theirs
+
+
 def test_auto_at_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = save_checkpoint(random_model(**SIZE), tmp_path / "tiny")
     spoken = save_conversations(tmp_path / "c", 10)
