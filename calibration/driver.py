@@ -403,7 +403,7 @@ def _gate(run: _Run, divergence: Divergence | None, max_kl: float | None) -> Non
         shutil.rmtree(run.folder)
         raise CheckFailedError(
             f"KL to the original is {divergence.kl:.4f}, at most {max_kl} was asked; nothing was written: try a "
-            "smaller group, down_proj in 8 bits, or more samples"
+            "smaller group, more samples, or --auto, which gives the most sensitive layers more bits"
         )
 
 
