@@ -61,7 +61,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip $(PIP) "pip>=25.1"
 	$(BIN)/pip $(PIP) torch==2.13.0
-	$(BIN)/pip $(PIP) -e ".[ort,host,bench]" --group test --group lint
+	$(BIN)/pip $(PIP) -e ".[ort,host,bench,report]" --group test --group lint
 	touch $@
 
 $(DEMO_VENV)/.ready: pyproject.toml constraints.txt

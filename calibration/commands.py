@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
 from tabulate import tabulate
-from tqdm import tqdm
 
+from edgevl.calibration.auto import AutoReport, quantize_auto
 from edgevl.calibration.dataset import Sample, SampleSource, read_conversations
-from edgevl.calibration.driver import QuantizeReport, quantize_checkpoint
+from edgevl.calibration.driver import QuantizeReport, check_output, quantize_checkpoint
+from edgevl.calibration.fidelity_command import measure_options, progress_bar, summary, wanted
+from edgevl.calibration.page import write_page
 from edgevl.calibration.recipes import RECIPES, VISION_RECIPES, Recipe, recipe
+from edgevl.calibration.report import FIDELITY, FidelityReport, Wanted, check_gates, measure, write_report
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.commands import note
 from edgevl.runtime.errors import InputError
@@ -24,6 +28,7 @@ _KINDS = (
     *("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "merger.mlp.0", "merger.mlp.2"),
 )
 _HELD_OUT = 8  # samples on which the divergence is measured, never calibrated on
+_SCRATCH = "fidelity.partial"  # inside the unpublished folder: hidden states and bundles
 
 
 @click.command()
@@ -33,6 +38,12 @@ _HELD_OUT = 8  # samples on which the divergence is measured, never calibrated o
 @click.option("--images", metavar="DIR|FILE.jsonl", help="Pictures, or conversations about pictures, to calibrate on.")
 @click.option(
     "--samples", default=64, show_default=True, type=click.IntRange(1), metavar="N", help="Conversations used."
+)
+@click.option(
+    "--held-out",
+    type=click.IntRange(1),
+    metavar="N",
+    help=f"Other conversations, to measure on [default: an eighth, at most {_HELD_OUT}].",
 )
 @click.option(
     "--vision", metavar="V", help=f"Vision encoder: {', '.join(VISION_RECIPES)} [default: none, left as it is]."
@@ -47,10 +58,14 @@ _HELD_OUT = 8  # samples on which the divergence is measured, never calibrated o
 )
 @click.option("--max-pixels", type=int, help="Shrink pictures to at most this many pixels.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Which pictures, in which order.")
-@click.option("--max-kl", type=float, metavar="X", help="Publish nothing when the KL to the original is larger.")
+@click.option("--auto", is_flag=True, help="Keep the most sensitive layers at more bits until --max-kl holds.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed.")
+@measure_options
 def quantize(checkpoint: str, output: str, recipe_name: str, images: str | None, **options: Any) -> None:
     """CHECKPOINT becomes a quantized checkpoint in GPTQ's or compressed-tensors' format, calibrated layer by layer.
+
+    What that did to the model is measured on conversations that were held out, and written beside the weights as
+    fidelity.json. Where a limit (--max-kl, --min-score) does not hold, nothing is written and the status is 1.
 
     \b
     Example:
@@ -58,18 +73,50 @@ def quantize(checkpoint: str, output: str, recipe_name: str, images: str | None,
     """
     keys = ("asymmetric", "true_sequential", "visual_weight", "kv_cache", "vision", "alpha")
     chosen = recipe(recipe_name, options["group_size"], **{k: options[k] for k in keys})
+    asked = wanted(options)
+    _check(chosen, asked, images, options["auto"])
+    check_output(Path(output).absolute())
     samples, held_out = _samples(checkpoint, chosen, images, options)
-    with tqdm(unit="layer", file=sys.stderr, disable=None, leave=False) as bar:
+    made = {"recipe": asdict(chosen), "images": images and Path(images).name, "samples": len(samples)}
+    made |= {key: options[key] for key in ("seed", "max_pixels")}
+    measured: list[FidelityReport] = []
+    with progress_bar("layer") as progress:
 
-        def progress(done: int, layers: int, what: str) -> None:
-            bar.total = layers
-            bar.set_postfix_str(what, refresh=False)
-            bar.update(done - bar.n)
-            bar.refresh()
+        def judge(folder: Path, auto: AutoReport | None = None) -> None:
+            given = {"provenance": made, "name": Path(output).name, "auto": auto, "progress": progress, "notice": note}
+            report = measure(checkpoint, folder, held_out, asked, folder / _SCRATCH, **given)
+            check_gates(report, "nothing was written")
+            write_report(folder / FIDELITY, report)
+            measured.append(report)
 
-        limits = {"resume": options["resume"], "max_kl": options["max_kl"]}
-        report = quantize_checkpoint(checkpoint, output, chosen, samples, held_out, progress=progress, **limits)
-    click.echo(_summary(report))
+        given = (checkpoint, output, chosen, samples, held_out)
+        if options["auto"]:
+            done, _ = quantize_auto(*given, options["max_kl"], resume=options["resume"], progress=progress, judge=judge)
+        else:
+            limits = {"resume": options["resume"], "max_kl": options["max_kl"]}
+            done = quantize_checkpoint(*given, progress=progress, judge=judge, **limits)
+    if options["report"] is not None:
+        write_page(options["report"], measured[0].to_dict())
+    click.echo(f"{_summary(done)}\n{summary(measured[0])}\n{done.output}: {done.seconds:.1f} s")
+
+
+def _check(chosen: Recipe, asked: Wanted, images: str | None, auto: bool) -> None:
+    """What would fail only after the work."""
+    if images is None and chosen.needs_samples:
+        raise InputError(
+            f"recipe {chosen.name!r} calibrates on pictures; pass --images with a folder of pictures or a .jsonl"
+        )
+    if auto and asked.max_kl is None:
+        raise InputError(
+            "--auto raises layers until the KL to the original is small enough; pass --max-kl with the limit"
+        )
+    if images is None and (asked.granularities or asked.max_kl is not None):
+        raise InputError("--max-kl and --sensitivity measure on held-out conversations; pass --images")
+    if chosen.method == "w8a8" and set(asked.granularities) - {"layer"}:
+        raise InputError(
+            f"recipe {chosen.name!r} folds factors between linear layers, which means nothing for a part of a decoder "
+            "layer alone; ask for --sensitivity layer"
+        )
 
 
 def _samples(
@@ -77,10 +124,6 @@ def _samples(
 ) -> tuple[list[Sample], list[Sample]]:
     """Samples to calibrate on, and others held out: an eighth, at most 8."""
     if images is None:
-        if chosen.needs_samples:
-            raise InputError(
-                f"recipe {chosen.name!r} calibrates on pictures; pass --images with a folder of pictures or a .jsonl"
-            )
         return [], []
     conversations = read_conversations(images)
     began = time.monotonic()
@@ -92,8 +135,12 @@ def _samples(
 
     with Checkpoint.open(checkpoint) as opened:  # a hub id becomes a folder
         source = SampleSource(opened.folder, max_pixels=options["max_pixels"], skipped=skip)
-    held = min(_HELD_OUT, max(1, len(conversations) // 8))
+    held = options["held_out"] or min(_HELD_OUT, max(1, len(conversations) // 8))
     found = source.samples(conversations, options["samples"] + held, options["seed"])
+    if options["held_out"] and held >= len(found):
+        raise InputError(
+            f"{len(found)} conversations can be used, {held} are to be held out; give more, or hold out less"
+        )
     held = min(held, len(found) - 1)
     tokens = sum(len(s.ids) for s in found)
     note(
@@ -104,6 +151,7 @@ def _samples(
 
 
 def _summary(report: QuantizeReport) -> str:
+    """Errors on the samples that were calibrated on, by kind of layer."""
     rows = []
     for kind in _KINDS:
         layers = [r for r in report.layers if r.name.endswith(f".{kind}")]
@@ -111,14 +159,8 @@ def _summary(report: QuantizeReport) -> str:
             continue
         known = [(r.error, r.rtn_error) for r in layers if r.error is not None and r.rtn_error is not None]
         errors = [f"{sum(e) / len(known):.2e}" for e in zip(*known)] or ["", ""]
-        rows.append((kind, layers[0].bits, len(layers), *errors))
+        bits = "/".join(str(b) for b in sorted({r.bits for r in layers}))
+        rows.append((kind, bits, len(layers), *errors))
     headers = ("layers", "bits", "count", "output error", "without the method")
-    lines = []
-    if rows:
-        align = ("left", *["right"] * 4)
-        lines.append(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=align))
-    if report.divergence is not None:
-        d = report.divergence
-        lines.append(f"KL to the original {d.kl:.4f}, same top token {d.top1:.1%}, over {d.tokens:,} held-out tokens")
-    lines.append(f"{report.output}: {report.nbytes / 1e6:,.1f} MB in {report.seconds:.1f} s")
-    return "\n".join(lines)
+    align = ("left", *["right"] * 4)
+    return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=align) if rows else ""

@@ -32,7 +32,7 @@ from edgevl.calibration.kv_cache import CacheWatch, chained, rounded_cache
 from edgevl.calibration.layer_report import LayerReport
 from edgevl.calibration.layers import DECODER_GROUPS, Watch, decoder_layer
 from edgevl.calibration.output import as_stored, pack_blocks, save_shard, shard_name, write_rest
-from edgevl.calibration.recipes import Recipe
+from edgevl.calibration.recipes import PLAIN, Recipe
 from edgevl.calibration.vision import block_file, quantize_tower, tower_reports
 from edgevl.calibration.w8a8 import Int8Scheme, Statistics, decoder_points, quantize_block
 from edgevl.calibration.weights import Head, embed_samples, layer_weights
@@ -40,13 +40,14 @@ from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.errors import CheckFailedError, CheckpointError, InputError
 from edgevl.runtime.mrope import rotary_rows
 
-__all__ = ["LayerReport", "QuantizeReport", "quantize_checkpoint"]
+__all__ = ["REPORT", "LayerReport", "QuantizeReport", "check_output", "fingerprint", "quantize_checkpoint"]
 
 REPORT = "edgevl_quantize.json"
 _ROWS = 32  # of logits at once: 20 MB with the released vocabulary
 _WORK = ("*.npy", "layer-*.json", "vision-*.json", "vision-*.block")  # what a finished run takes away
 _ACTIVATIONS: dict[str, Literal["token", "tensor"]] = {"int8": "token", "int8-static": "tensor"}
 Progress = Callable[[int, int, str], None]  # layers done, layers in all, what is being done
+Judge = Callable[[Path], None]  # of a complete folder that is not published yet
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def quantize_checkpoint(
     resume: bool = False,
     max_kl: float | None = None,
     progress: Progress | None = None,
+    judge: Judge | None = None,
 ) -> QuantizeReport:
     """Write the quantized checkpoint `output`: in GPTQ's format, or compressed-tensors' where W8A8 is part of it;
     everything but the linear layers (and what smoothing folds into norms and biases) as it was.
@@ -85,15 +87,17 @@ def quantize_checkpoint(
         held_out: other samples, on which the divergence from the original is measured.
         resume: go on with a run that was killed; without it what such a run left is thrown away.
         max_kl: a gate: nothing is published when the divergence is larger.
+        judge: looks at the complete folder before it is published, and may write beside the weights; where it raises
+            CheckFailedError nothing is published.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or the disk is full.
         InputError: the output exists, no samples, a group size that does not divide, another run's leftovers.
-        CheckFailedError: `max_kl` was exceeded.
+        CheckFailedError: `max_kl` was exceeded, or `judge` said so.
     """
     started = time.monotonic()
     target = Path(output).absolute()
-    _check_output(target)
+    check_output(target)
     with Checkpoint.open(source) as checkpoint:
         _check_recipe(checkpoint, recipe, samples, held_out, max_kl)
         folder = target.with_name(f".{target.name}.partial")
@@ -112,6 +116,8 @@ def quantize_checkpoint(
             tokens = sum(len(s.ids) for s in samples)
             blocks = [block_file(folder, i) for i in range(checkpoint.config.vision.depth + 1)]
             write_rest(checkpoint, folder, run.layers, recipe, blocks if recipe.vision != "none" else ())
+            if judge is not None:
+                _judge(folder, judge)
             size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
             seconds = time.monotonic() - started
             report = QuantizeReport(Path(output), recipe, len(samples), tokens, layers, divergence, seconds, size)
@@ -181,7 +187,8 @@ class _Run:
 # ---------------------------------------------------------------------- before
 
 
-def _check_output(target: Path) -> None:
+def check_output(target: Path) -> None:
+    """Raises InputError unless `target` can be made: its folder is there, itself is not."""
     if not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder; create it, or choose another output")
     if target.exists():
@@ -211,20 +218,24 @@ def _check_recipe(
             )
 
 
-def _fingerprint(run: _Run) -> dict[str, Any]:
-    """What must be equal for a run to go on: the recipe, the weights' files and the samples."""
+def fingerprint(
+    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample], held_out: Sequence[Sample]
+) -> dict[str, Any]:
+    """What must be equal for a run to go on: the recipe, the weights' files and the samples. JSON."""
     digest = hashlib.sha256()
-    for sample in (*run.samples, *run.held_out):
+    for sample in (*samples, *held_out):
         digest.update(sample.ids.tobytes() + sample.positions.tobytes())
         for picture in sample.vision:
             digest.update(np.ascontiguousarray(picture.pixel_values).data)
-    files = {p.name: p.stat().st_size for p in sorted(run.checkpoint.folder.glob("*.safetensors"))}
-    return {"recipe": asdict(run.recipe), "weights": files, "samples": digest.hexdigest(), "layers": run.layers}
+    files = {p.name: p.stat().st_size for p in sorted(checkpoint.folder.glob("*.safetensors"))}
+    layers = checkpoint.config.text.num_hidden_layers
+    return {"recipe": asdict(recipe), "weights": files, "samples": digest.hexdigest(), "layers": layers}
 
 
 def _prepare(run: _Run, resume: bool) -> None:
     """The working folder with the hidden states that enter the first layer, or that of a run to go on with."""
-    state, wanted = run.folder / "state.json", _fingerprint(run)
+    state = run.folder / "state.json"
+    wanted = fingerprint(run.checkpoint, run.recipe, run.samples, run.held_out)
     if run.folder.exists() and not resume:
         shutil.rmtree(run.folder)
     if state.exists():
@@ -348,6 +359,11 @@ def _to_blocks(run: _Run, layer: int, weights: Mapping[str, Tensor]) -> _Quantiz
         for name in names:
             run.progress(layer, run.layers, name)
             full = f"model.layers.{layer}.{name}"
+            if run.recipe.bits_of(full) == PLAIN:
+                plain = f"{full}.weight"
+                done.tensors[plain] = as_stored(run.checkpoint, plain, weights[f"{name}.weight"])
+                done.reports.append(LayerReport(full, PLAIN, 0.0, 0.0, None))
+                continue
             codes, report = _quantize_weight(run.recipe, full, weights[f"{name}.weight"], seen.hessian(point))
             done.weights[f"{name}.weight"] = dequantized(codes)
             done.tensors |= {f"{full}.{k}": torch.from_numpy(v) for k, v in pack_blocks(run.recipe, codes).items()}
@@ -407,8 +423,16 @@ def _gate(run: _Run, divergence: Divergence | None, max_kl: float | None) -> Non
         shutil.rmtree(run.folder)
         raise CheckFailedError(
             f"KL to the original is {divergence.kl:.4f}, at most {max_kl} was asked; nothing was written: try a "
-            "smaller group, down_proj in 8 bits, or more samples"
+            "smaller group, more samples, or --auto, which gives the most sensitive layers more bits"
         )
+
+
+def _judge(folder: Path, judge: Judge) -> None:
+    try:
+        judge(folder)
+    except CheckFailedError:
+        shutil.rmtree(folder)
+        raise
 
 
 def _finish(run: _Run, target: Path, report: QuantizeReport) -> None:

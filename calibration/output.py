@@ -24,7 +24,7 @@ from torch import Tensor
 
 from edgevl.calibration.formats import BlockQuantized
 from edgevl.calibration.packing import Tensors, pack_compressed, pack_gptq
-from edgevl.calibration.recipes import Recipe
+from edgevl.calibration.recipes import PLAIN, Recipe
 from edgevl.runtime.cache_scales import KV_SCHEME_KEY, cache_scheme
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.schemes import PRE_SCALED
@@ -33,6 +33,8 @@ __all__ = ["as_stored", "pack_blocks", "quantization_config", "save_shard", "sha
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Layers over one input, and the name under which vLLM fuses them.
+_FUSED = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj"))
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json")
 
 
@@ -100,9 +102,27 @@ def _gptq(recipe: Recipe) -> dict[str, Any]:
         "lm_head": False,
         "modules_in_block_to_quantize": None,
     }
+    dynamic = _overrides(recipe)
     if recipe.down_bits and recipe.down_bits != recipe.bits:
-        config["dynamic"] = {r"+:.*mlp\.down_proj.*": {"bits": recipe.down_bits}}
+        dynamic[r"+:.*mlp\.down_proj.*"] = {"bits": recipe.down_bits}
+    if dynamic:
+        config["dynamic"] = dynamic
     return config
+
+
+def _overrides(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """GPTQModel's `dynamic`: patterns for re.match on module names, the first that fits counts; `-:` leaves a module
+    plain. Layers over one input share a pattern that also fits the name of their product (vLLM's qkv_proj)."""
+    found: dict[str, dict[str, int]] = {}
+    for name, bits in recipe.overrides.items():
+        block, kind = name.removeprefix("model.").rsplit(".", 1)
+        *parts, fused = next((f for f in _FUSED if kind in f), (kind,))
+        alike = all(recipe.bits_of(f"model.{block}.{part}") == bits for part in parts)
+        kinds = (*parts, fused) if alike else (kind,)
+        some = "|".join(kinds) if len(kinds) == 1 else f"({'|'.join(kinds)})"
+        pattern = rf":.*{re.escape(block)}\.{some}$"
+        found[f"-{pattern}" if bits == PLAIN else f"+{pattern}"] = {} if bits == PLAIN else {"bits": bits}
+    return found
 
 
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "actorder": None}

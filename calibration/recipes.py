@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from edgevl.runtime.errors import InputError
 
-__all__ = ["RECIPES", "VISION_RECIPES", "Recipe", "parse_alpha", "recipe"]
+__all__ = ["PLAIN", "RECIPES", "VISION_RECIPES", "Recipe", "parse_alpha", "recipe"]
+
+PLAIN = 16  # bits of a layer that stays as the checkpoint has it
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Recipe:
     calibration; `none` leaves the decoder as it is. vision: `none`, `int8` (W8A8 per token) or `int8-static`. kv_cache:
     scales of an INT8 KV cache are added. true_sequential: every group of layers sees inputs from the groups before it
     as quantized, for four times the passes. visual_weight: how much a picture's token counts in GPTQ's Hessian against
-    a word's."""
+    a word's. overrides: bits of single layers by name (8, or PLAIN), which `--auto` chooses."""
 
     name: str
     method: str
@@ -34,6 +37,7 @@ class Recipe:
     kv_cache: bool = False
     true_sequential: bool = False
     visual_weight: float = 1.0
+    overrides: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def watches_decoder(self) -> bool:
@@ -46,6 +50,8 @@ class Recipe:
 
     def bits_of(self, layer: str) -> int:
         """Of a linear layer by its name, such as `model.layers.0.mlp.down_proj`."""
+        if layer in self.overrides:
+            return self.overrides[layer]
         return self.down_bits if self.down_bits and layer.endswith("down_proj") else self.bits
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.mrope import vision_rotary_rows
 
+if TYPE_CHECKING:
+    from edgevl.calibration.weights import Tensors
+
 __all__ = ["Tower", "block_file", "quantize_tower", "tower_reports"]
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -35,7 +39,7 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 class Tower:
     """The vision encoder over the pictures of some samples, in their order."""
 
-    def __init__(self, checkpoint: Checkpoint, samples: Sequence[Sample]) -> None:
+    def __init__(self, checkpoint: Tensors, samples: Sequence[Sample]) -> None:
         self.config = checkpoint.config.vision
         self.pictures = [p for s in samples for p in s.vision]
         self.lengths = [p.grid.patches for p in self.pictures]
@@ -81,11 +85,11 @@ def _ignore(point: str, x: Tensor) -> None:
     pass
 
 
-def _prefix(checkpoint: Checkpoint, layer: int) -> str:
+def _prefix(checkpoint: Tensors, layer: int) -> str:
     return "visual.merger" if layer == checkpoint.config.vision.depth else f"visual.blocks.{layer}"
 
 
-def _block_weights(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+def _block_weights(checkpoint: Tensors, layer: int) -> dict[str, Tensor]:
     """The tensors of block `layer` (the merger is layer `depth`), float32, by their names within it."""
     prefix = f"{_prefix(checkpoint, layer)}."
     names = [n for n in checkpoint.names() if n.startswith(prefix)]

@@ -21,7 +21,7 @@ from edgevl.export.precision import Precision
 from edgevl.export.targets import TARGETS, Target, find_target
 from edgevl.export.vision_encoder import write_vision_encoder
 from edgevl.runtime.bundle import MANIFEST, Bundle, FileEntry, GraphEntry, file_sha256
-from edgevl.runtime.checkpoint import Checkpoint, expected_shapes
+from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint, expected_shapes
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, InputError
 from edgevl.runtime.image_processing import ImageProcessorConfig
@@ -347,7 +347,8 @@ def _expected_bytes(checkpoint: Checkpoint, plan: _Plan) -> int:
         width = set()
         for p in precisions:
             form = p.table if is_table else p.linear
-            if len(shape) < 2 or form.kind == "float" or "patch_embed" in name:
+            kept = checkpoint.layers and name.startswith(DECODER_LAYERS)  # see WeightStore.format_of
+            if len(shape) < 2 or form.kind == "float" or kept or "patch_embed" in name:
                 width.add(4.0 if p.dtype == "float32" else 2.0)
             elif form.kind == "w8a8":
                 width.add(1.0)

@@ -23,10 +23,10 @@ from edgevl.calibration.formats import (
     quantize_blocks,
     quantize_channels,
 )
+from edgevl.calibration.quantized import QuantizedReader
 from edgevl.export.graph import GraphBuilder
-from edgevl.export.precision import W8A8, LinearFormat
-from edgevl.export.quantized import QuantizedReader
-from edgevl.runtime.checkpoint import Checkpoint
+from edgevl.export.precision import FLOAT, W8A8, LinearFormat
+from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint
 
 __all__ = ["BlockWeights", "WeightStore", "merged_key"]
 
@@ -76,10 +76,13 @@ class WeightStore:
         return all((a is None) == (b is None) and np.array_equal(a, b) for a, b in itertools.pairwise(orders))
 
     def format_of(self, names: Sequence[str], plain: LinearFormat) -> LinearFormat:
-        """How mergeable layers are stored in the checkpoint, `plain` where they are to be rounded here."""
+        """How mergeable layers are stored in the checkpoint, `plain` where they are to be rounded here.
+
+        What a quantized checkpoint leaves plain in its decoder stays float: it was left so because it is sensitive.
+        """
         layers = [q for q in (self._checkpoint.layer(n) for n in names) if q]
         if not layers:
-            return plain
+            return FLOAT if self._checkpoint.layers and names[0].startswith(DECODER_LAYERS) else plain
         if layers[0].kind == "int8":
             return replace(W8A8, input_scale=layers[0].input_scale)
         symmetric = all(self._quantized.grid(q).zero_points is None for q in layers)

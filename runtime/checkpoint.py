@@ -2,7 +2,7 @@
 
 Everything that can be wrong with a checkpoint is found when it is opened, except the values, which are checked as they
 are read. Layers that are stored quantized are recognized (edgevl.runtime.schemes); their codes are read by
-edgevl.export.quantized.
+edgevl.calibration.quantized.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from edgevl.runtime.shards import (
     weight_files,
 )
 
-__all__ = ["DTYPES", "IGNORED_SUFFIXES", "RENAMES", "Checkpoint", "canonical_name", "expected_shapes"]
+__all__ = ["DECODER_LAYERS", "DTYPES", "IGNORED_SUFFIXES", "RENAMES", "Checkpoint", "canonical_name", "expected_shapes"]
 
 # Prefix found -> prefix of the released naming; the first that fits applies.
 RENAMES = (
@@ -53,6 +53,7 @@ RENAMES = (
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+DECODER_LAYERS = "model.layers."
 HUB_PATTERNS = ["*.safetensors", "*.json", "merges.txt", "*.jinja"]
 
 
@@ -213,6 +214,12 @@ class Checkpoint:
         """As stored: "BF16", "F16" or "F32", and "INT4" or "INT8" for a quantized layer."""
         layer = self.layer(name) if name.endswith(".weight") else None
         return self._entries[name].dtype if layer is None else f"INT{layer.bits}"
+
+    def nbytes(self, name: str) -> int:
+        """As stored; of a quantized layer its scales and zero points too."""
+        layer = self.layer(name) if name.endswith(".weight") else None
+        entries = [self._entries[name]] if layer is None else list(layer.entries.values())
+        return sum(entry.end - entry.begin for entry in entries)
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, float32, in its shape.

@@ -22,6 +22,7 @@ _COMMANDS = {
     "export": ("edgevl.export.commands", "A checkpoint folder (or hub id) becomes a bundle.", "export"),
     "build": ("edgevl.export.build_command", "TensorRT plans of a bundle, for this machine or named GPUs.", "export"),
     "quantize": ("edgevl.calibration.commands", "A checkpoint becomes a quantized checkpoint.", "host"),
+    "fidelity": ("edgevl.calibration.fidelity_command", "What quantization did to a model, with plots.", "host"),
     "run": ("edgevl.runtime.commands", "Answer one prompt about pictures.", "ort"),
     "chat": ("edgevl.runtime.commands", "A conversation at the terminal.", "ort"),
     "watch": ("edgevl.runtime.watch_command", "Answer about a camera, stream or folder again and again.", "ort"),

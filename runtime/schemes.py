@@ -1,8 +1,8 @@
 """How quantized checkpoints name and shape their layers: what config.json says, and what the tensors are.
 
-It decides from names, dtypes and shapes alone; the numbers are read by edgevl.export.quantized. A layer is quantized
-where its codes are stored: the configs of the released Qwen2-VL GPTQ and AWQ checkpoints do not list what is left
-plain. Bits and groups come from the shapes, so a checkpoint may mix them (GPTQModel's `dynamic`).
+It decides from names, dtypes and shapes alone; the numbers are read by edgevl.calibration.quantized. A layer is
+quantized where its codes are stored: the configs of the released Qwen2-VL GPTQ and AWQ checkpoints do not list what is
+left plain. Bits and groups come from the shapes, so a checkpoint may mix them (GPTQModel's `dynamic`).
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ ALLOWED = {  # folder -> edgevl packages that it may import
 DOORS = {  # number formats (numpy only), which export needs to round plain weights and to read packed ones
     ("export", "edgevl.calibration.formats"),
     ("export", "edgevl.calibration.packing"),
+    ("export", "edgevl.calibration.quantized"),
 }
 DEVICE = {
     "numpy",

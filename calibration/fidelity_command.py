@@ -1,0 +1,202 @@
+"""The host side's subcommand `fidelity`, and what `quantize` shares with it."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+from tqdm import tqdm
+
+from edgevl.calibration.auto import AutoReport
+from edgevl.calibration.comparison import Progress, check_pair
+from edgevl.calibration.dataset import SampleSource, read_conversations
+from edgevl.calibration.dequantized import FloatCheckpoint
+from edgevl.calibration.page import check_page, write_page
+from edgevl.calibration.recipes import PLAIN
+from edgevl.calibration.report import FidelityReport, Wanted, check_gates, measure, write_report
+from edgevl.calibration.scores import check_scoring, parse_min_scores
+from edgevl.calibration.sensitivity import GRANULARITIES
+from edgevl.runtime.commands import note
+from edgevl.runtime.errors import CheckpointError, InputError
+from edgevl.tasks import TASKS
+
+__all__ = ["fidelity", "measure_options", "progress_bar", "summary", "wanted"]
+
+_CASES = 100  # of every task, where only a limit was given
+_MOST_ROWS = 12  # of sensitivities at the terminal
+
+
+def measure_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What is measured, its limits, and the page: the same for `quantize` and `fidelity`."""
+    for option in (
+        click.option("--report", metavar="FILE.html", help="Write a page with plots (needs the extra `report`)."),
+        click.option(
+            "--min-score",
+            multiple=True,
+            metavar="[TASK=]X",
+            help=f"Fail when the share of right answers is smaller, of a task or the mean; implies --tasks {_CASES}.",
+        ),
+        click.option("--max-kl", type=float, metavar="X", help="Fail when the KL to the original is larger."),
+        click.option("--task", multiple=True, metavar="NAME", help="Score only this task (repeatable) [default: all]."),
+        click.option(
+            "--tasks",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Score both checkpoints, exported, on N cases of every task of the yardstick.",
+        ),
+        click.option(
+            "--sensitivity",
+            multiple=True,
+            type=click.Choice(GRANULARITIES),
+            help="Measure what each part costs when quantized alone (repeatable): all linear layers of a kind, decoder "
+            "layers, groups over one input, single linear layers. The work is about half a run of the model for each.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def wanted(options: dict[str, Any]) -> Wanted:
+    """The options of `measure_options`, checked; nothing that can be known beforehand fails later.
+
+    Raises:
+        InputError, EdgeVLError: an option that cannot be, or a package that is missing.
+    """
+    limits = parse_min_scores(options["min_score"])
+    tasks = tuple(options["task"]) or tuple(TASKS)
+    cases = options["tasks"] or (_CASES if limits else 0)
+    if options["max_kl"] is not None and not options["max_kl"] >= 0:
+        raise InputError(f"--max-kl is {options['max_kl']}, expected 0 or more")
+    if cases:
+        check_scoring(tasks, limits)
+    if options["report"] is not None:
+        check_page(options["report"])
+    granularities = tuple(dict.fromkeys(options["sensitivity"]))
+    return Wanted(granularities, cases, tasks, options["max_kl"], limits)
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Progress]:
+    """A bar on a terminal's stderr, told (done, in all, what)."""
+    with tqdm(unit=unit, file=sys.stderr, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(what, refresh=False)
+            bar.update(done - bar.n)
+            bar.refresh()
+
+        yield progress
+
+
+@click.command()
+@click.argument("original")
+@click.argument("quantized")
+@click.option("--images", metavar="DIR|FILE.jsonl", help="Pictures, or conversations about pictures, to measure on.")
+@click.option(
+    "--samples",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Conversations used: the first of the seed's order, of which `quantize` holds its first ones out.",
+)
+@click.option("--max-pixels", type=int, help="Shrink pictures to at most this many pixels.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Which pictures, in which order.")
+@click.option("--json", "json_path", metavar="FILE", help="Write the report as JSON.")
+@measure_options
+def fidelity(original: str, quantized: str, images: str | None, json_path: str | None, **options: Any) -> None:
+    """What quantization did to a model: QUANTIZED (GPTQ, AWQ or compressed-tensors, by any tool) against ORIGINAL.
+
+    \b
+    Example:
+      edgevl fidelity Qwen2-VL-2B-Instruct 2b-gptq --images photos --sensitivity layer --report fidelity.html
+    """
+    asked = wanted(options)
+    if images is None and not asked.cases:
+        raise InputError("nothing to measure on; pass --images for the divergence, --tasks N for scores, or both")
+    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
+        raise InputError(f"{Path(json_path).parent}: no such folder; create it, or write the JSON elsewhere")
+    samples = []
+    with FloatCheckpoint.open(original) as a, FloatCheckpoint.open(quantized) as b:
+        check_pair(a, b)
+        if images is not None:
+            source = SampleSource(a.folder, max_pixels=options["max_pixels"], skipped=note)
+            samples = source.samples(read_conversations(images), options["samples"], options["seed"])
+    known = {"images": images and Path(images).name, "seed": options["seed"], "max_pixels": options["max_pixels"]}
+    try:
+        with tempfile.TemporaryDirectory() as temporary, progress_bar("step") as progress:
+            scratch = Path(temporary) / "fidelity"
+            given = {"provenance": known, "progress": progress, "notice": note}
+            report = measure(original, quantized, samples, asked, scratch, **given)
+        if json_path is not None:
+            write_report(Path(json_path), report)
+        if options["report"] is not None:
+            write_page(options["report"], report.to_dict())
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        raise CheckpointError(
+            f"the disk is full ({e.filename or tempfile.gettempdir()}); free some space, or set TMPDIR"
+        ) from None
+    click.echo(summary(report))
+    check_gates(report)
+
+
+def summary(report: FidelityReport) -> str:
+    """What a person at the terminal wants to know of a report."""
+    before, after = report.original, report.quantized
+    lines = [
+        f"{after.nbytes / 1e6:,.1f} MB of {before.nbytes / 1e6:,.1f}, the decoder's linear layers in "
+        f"{after.decoder_bits:.2f} bits a weight"
+    ]
+    if report.divergence is not None:
+        d = report.divergence
+        lines.append(
+            f"KL to the original {d.kl:.4f} (95 % {d.kl_interval[0]:.4f} to {d.kl_interval[1]:.4f}), same top token "
+            f"{d.top1:.1%} ({d.top1_interval[0]:.1%} to {d.top1_interval[1]:.1%}), over {d.tokens:,} tokens of "
+            f"{len(d.conversations)} conversations"
+        )
+    if report.auto is not None:
+        lines += _auto(report.auto)
+    if report.sensitivities:
+        rows = sorted(report.sensitivities, key=lambda s: -s.kl)
+        table = [(s.name, f"{s.kl:.2e}", f"{s.top1:.1%}", f"{s.nbytes / 1e6:,.2f}") for s in rows[:_MOST_ROWS]]
+        more = len(rows) - len(table)
+        lines += ["", _table(("quantized alone", "KL", "same top token", "MB"), table)]
+        lines += [f"and {more} less sensitive ones"] if more else []
+    if report.scores:
+        table = [
+            (
+                *(s.task, s.n, f"{s.before:.3f}", f"{s.after:.3f}", "{:.3f}–{:.3f}".format(*s.after_interval)),
+                *(f"{100 * s.change:+.1f}", "{:+.1f} to {:+.1f}".format(*(100 * c for c in s.change_interval))),
+            )
+            for s in report.scores
+        ]
+        headers = ("task", "cases", "before", "after", "95 % interval", "points", "95 % interval")
+        lines += ["", _table(headers, table)]
+    return "\n".join(lines)
+
+
+def _auto(auto: AutoReport) -> list[str]:
+    runs = ", ".join(f"{t.kl:.4g} with {t.steps}" for t in auto.trials)
+    lines = [f"--auto: held-out KL by groups raised: {runs}; at most {auto.max_kl:g} was asked"]
+    if auto.steps:
+        rows = [
+            (s.name, "as it was" if s.bits == PLAIN else s.bits, f"{s.kl:.2e}", f"{s.saved_per_mbit:.2e}")
+            for s in auto.steps
+        ]
+        lines += ["", _table(("raised, in this order", "bits", "KL alone", "saved per Mbit"), rows)]
+    return lines
+
+
+def _table(headers: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    align = ("left", *["right"] * (len(headers) - 1))
+    return tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True, colalign=align)

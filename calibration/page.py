@@ -1,0 +1,86 @@
+"""A fidelity report as one HTML page that needs nothing else: no script, no font, no picture from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from edgevl.calibration.plots import check_matplotlib, draw_plots
+from edgevl.runtime.errors import InputError
+
+__all__ = ["check_page", "render_page", "write_page"]
+
+_TEMPLATE = Path(__file__).with_name("fidelity.html.jinja")
+
+
+def check_page(path: str | Path) -> None:
+    """Whether a page can be written there: asked before hours are spent.
+
+    Raises:
+        InputError: no such folder, or a folder.
+        EdgeVLError: matplotlib is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, expected the name of an HTML file")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder; create it, or write the report elsewhere")
+    check_matplotlib()
+
+
+def render_page(data: dict[str, Any]) -> str:
+    """The page of a document as `fidelity.json` holds it.
+
+    Raises:
+        EdgeVLError: matplotlib is missing.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters.update(number=_number, percent=_percent, bytes=_bytes, signed=_signed)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    recipe = data["provenance"]["recipe"]
+    rows = list(_provenance(data))
+    return template.render(data=data, plots=draw_plots(data), recipe=recipe, provenance=rows) + "\n"
+
+
+def write_page(path: str | Path, data: dict[str, Any]) -> None:
+    """Under a temporary name first, then renamed."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(render_page(data), encoding="utf-8")
+    partial.replace(path)
+
+
+def _provenance(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for what in ("original", "quantized"):
+        said = data[what]["quantization"]
+        if said:
+            yield f"format of the {what}", ", ".join(f"{key} {value}" for key, value in said.items())
+    for key, value in data["provenance"].items():
+        if isinstance(value, dict):
+            yield from ((f"{key}: {k}", str(v)) for k, v in value.items() if v not in (None, {}))
+        elif value is not None:
+            yield key.replace("_", " "), str(value)
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits."""
+    return "" if value is None else f"{value:.3g}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "\u2212")
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
