@@ -17,7 +17,8 @@ import pytest
 from checkpoints import DEMO
 from click.testing import CliRunner
 from conftest import MakePair, Pair
-from trt_checkpoints import shaped_checkpoint
+from quantized import CASES
+from trt_checkpoints import shaped_checkpoint, static_int8_checkpoint
 
 from edgevl.export import tensorrt_build, tensorrt_library
 from edgevl.export.build_command import build
@@ -103,6 +104,23 @@ def test_one_layer_of_true_width(
     assert lint_plans(bundle, plans) == []
     if precision == "int4":  # once, not once per profile
         assert plans.plans["decoder"].size < 1.2 * bundle.files["decoder.onnx.data"].size + 4e6
+
+
+@pytest.mark.skipif("static activations" not in CASES, reason="this reader knows no static activation scales")
+@pytest.mark.parametrize("target", ["tensorrt", "jetpack6"])
+def test_static_int8(target: str, tmp_path: Path) -> None:
+    """W8A8 decoder and vision encoder: int8 products, no weight written out in float16."""
+    checkpoint = static_int8_checkpoint(tmp_path / "c")
+    options = ExportOptions("int8", vision_precision="int8", target=target, max_tokens=CAPACITY)
+    export_bundle(checkpoint, tmp_path / "b", options)
+    bundle = Bundle.open(tmp_path / "b")
+    assert bundle.precision == "vision int8, decoder int8" and lint_bundle_graphs(bundle) == []
+    plans = build_plans(bundle, SM86).plans
+    assert lint_plans(bundle, plans) == []
+    for role in ("vision", "decoder"):
+        for program in read_programs(plans.path(role)):
+            products = [k for k in program.kernels if any(program.types.get(n) == "int8" for n in k.inputs)]
+            assert len(products) >= 4 * (6 if role == "vision" else 4)
 
 
 # ---------------------------------------------------------------------- what a build leaves
