@@ -54,7 +54,7 @@ class _Plan:
         if self.engine is None:
             raise EngineError(f"{path}: {library.name} cannot open it: {self.log.reason()}; run `edgevl build` again")
         self.cache_file = path.with_suffix(".runtime-cache")
-        self._config, self._cache = self._runtime_cache()
+        self._config, self._runtime_cache = self._open_cache()
 
     @property
     def scratch_bytes(self) -> int:
@@ -69,35 +69,37 @@ class _Plan:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._config is not None:
             self._config.set_execution_context_allocation_strategy(strategy)
-            made = self.engine.create_execution_context(self._config)
+            context = self.engine.create_execution_context(self._config)
         else:
-            made = self.engine.create_execution_context(strategy)
-        if made is None:
+            context = self.engine.create_execution_context(strategy)
+        if context is None:
             raise EngineError(f"{self._path}: no execution context: {self.log.reason()}")
-        made.set_device_memory(scratch.pointer, scratch.nbytes)
-        if not made.set_optimization_profile_async(profile, stream.pointer):
+        context.set_device_memory(scratch.pointer, scratch.nbytes)
+        if not context.set_optimization_profile_async(profile, stream.pointer):
             raise EngineError(f"{self._path}: profile {profile} cannot be set: {self.log.reason()}")
         stream.synchronize()
-        return _Context(made, self.log, stream, self._path.name)
+        return _Context(context, self.log, stream, self._path.name)
 
-    def _runtime_cache(self) -> tuple[Any, Any]:
+    def _open_cache(self) -> tuple[Any, Any]:
         """TensorRT-RTX compiles kernels on the target; a cache beside the plan keeps them for the next start."""
         if not hasattr(self.engine, "create_runtime_config") or not hasattr(self._library.module, "IRuntimeCache"):
             return None, None
         config = self.engine.create_runtime_config()
-        cache = config.create_runtime_cache()
+        runtime_cache = config.create_runtime_cache()
         with suppress(OSError):  # none yet
-            cache.deserialize(self.cache_file.read_bytes())  # of another device or driver: refused, and written anew
-        config.set_runtime_cache(cache)
-        return config, cache
+            runtime_cache.deserialize(
+                self.cache_file.read_bytes()
+            )  # of another device or driver: refused, and written anew
+        config.set_runtime_cache(runtime_cache)
+        return config, runtime_cache
 
     def save_runtime_cache(self) -> None:
         """Best effort: a bundle may lie where nothing can be written."""
-        if self._cache is None:
+        if self._runtime_cache is None:
             return
         partial = self.cache_file.with_name(f".{self.cache_file.name}.partial")
         try:
-            partial.write_bytes(memoryview(self._cache.serialize()))
+            partial.write_bytes(memoryview(self._runtime_cache.serialize()))
             partial.replace(self.cache_file)
         except OSError:
             with suppress(OSError):

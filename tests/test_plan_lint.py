@@ -14,10 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.export.plan_lint import lint_decoder_plan, lint_graph, lint_vision_plan, read_programs
 from edgevl.export.tensorrt_build import BuildOptions, Limits, _Build, decoder_profiles
-from edgevl.export.tensorrt_library import find_tensorrt
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.errors import EngineError
 from edgevl.runtime.plans import PlanProfile, ShapeRange
+from edgevl.runtime.tensorrt_library import find_tensorrt
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx has no wheel for this platform, or is not installed")
 

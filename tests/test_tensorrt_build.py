@@ -20,11 +20,12 @@ from conftest import MakePair, Pair
 from quantized import CASES
 from trt_checkpoints import shaped_checkpoint, static_int8_checkpoint
 
-from edgevl.export import tensorrt_build, tensorrt_library
+from edgevl.export import build_progress, tensorrt_build
 from edgevl.export.build_command import build
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.export.plan_lint import lint_bundle_graphs, lint_plans, read_programs
 from edgevl.export.tensorrt_build import BuildOptions, build_plans
+from edgevl.runtime import tensorrt_library
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.cli import run
 from edgevl.runtime.errors import BundleError, EngineError, InputError
@@ -213,7 +214,7 @@ def test_a_full_disk_is_told(pair: Pair, tmp_path: Path, monkeypatch: pytest.Mon
 def test_progress_and_cancelling(standard: Bundle) -> None:
     library = tensorrt_library.find_tensorrt("tensorrt_rtx")
     seen: list[tuple[str, int, int]] = []
-    monitor = tensorrt_library.progress_monitor(library, lambda *step: seen.append(step), lambda: len(seen) > 3)
+    monitor = build_progress.progress_monitor(library, lambda *step: seen.append(step), lambda: len(seen) > 3)
     assert monitor is not None
     monitor.phase_start("Building", None, 5)
     assert monitor.step_complete("Building", 0) and monitor.step_complete("Building", 1)

@@ -3,9 +3,7 @@ shapes, addresses, feeds, the cache, what is captured and replayed, and everythi
 
 from __future__ import annotations
 
-import ast
 import importlib
-import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from PIL import Image
 
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.export.tensorrt_build import BuildOptions, _limits, decoder_profiles, vision_profile
-from edgevl.runtime import trt_engine
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.device_cache import BufferPool, DeviceKVCache
 from edgevl.runtime.device_tensor import DeviceTensor
@@ -289,34 +286,6 @@ def test_plans_are_chosen_by_version_and_device(bundle: Bundle) -> None:
     stale = replace(orin, plans={**orin.plans, "decoder": changed})
     found, reasons = choose_plans(bundle, [stale], {"tensorrt": "10.16.2"}, (8, 7))
     assert found is None and "another decoder.onnx than the bundle holds now" in reasons[0]
-
-
-# ---------------------------------------------------------------------- TensorRT's own names
-
-
-def _attributes(source: str) -> set[str]:
-    """Names that the code asks of TensorRT's objects."""
-    owners = {"made", "cache", "config", "engine", "_engine", "_runtime", "_context", "_config", "_cache"}
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute):
-            value = node.value
-            owner = value.attr if isinstance(value, ast.Attribute) else getattr(value, "id", "")
-            if owner in owners and not node.attr.startswith("_"):
-                found.add(node.attr)
-    return found
-
-
-def test_every_name_asked_of_tensorrt_is_in_its_bindings() -> None:
-    trt = pytest.importorskip("tensorrt_rtx")
-    classes = (trt.Runtime, trt.ICudaEngine, trt.IExecutionContext, trt.IRuntimeConfig, trt.IRuntimeCache)
-    known = {name for c in classes for name in dir(c)}
-    asked = _attributes(inspect.getsource(trt_engine._Plan)) | _attributes(inspect.getsource(trt_engine._Context))
-    assert {"execute_async_v3", "set_tensor_address", "set_device_memory", "deserialize_cuda_engine"} <= asked
-    assert asked <= known, asked - known
-    assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
-    documented = str(trt.IExecutionContext.set_optimization_profile_async.__doc__)
-    assert "stream_handle" in documented and "profile_index" in documented
 
 
 def test_opening_here_is_one_clear_error(bundle: Bundle) -> None:
