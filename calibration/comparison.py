@@ -2,8 +2,8 @@
 
 Works from the files alone, so it measures any quantized checkpoint that can be read, ours or another tool's. Two
 decoder layers are in memory at a time. Arithmetic is float32 with dequantized weights; inputs of W8A8 layers are
-rounded as their kernels do; those of the vision encoder are not. What a bundle adds (embedding and head in 8 bits, activations rounded inside
-weight-only kernels) is not in here: scores of bundles hold it.
+rounded as their kernels do, but for the vision encoder's. What a bundle adds (embedding and head in 8 bits, activations
+rounded inside weight-only kernels) is not in here: scores of bundles hold it.
 """
 
 from __future__ import annotations
