@@ -89,7 +89,7 @@ def _measure_bundle(path: str, work: Workload) -> Result:
     started = time.perf_counter()
     from edgevl.runtime import VisionLanguageModel
 
-    model = VisionLanguageModel.open(path, "ort-cpu", threads=work.threads)
+    model = VisionLanguageModel.open(path, "ort-cpu", threads=work.threads, image_cache_mb=0)
     opened = time.perf_counter() - started
     result = Result(Path(path).name, {"onnxruntime": machine().get("onnxruntime", "")}, {"open_s": [opened]})
     rows: list[Any] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import click
 from tabulate import tabulate
 
 from edgevl.runtime.bundle import MANIFEST, Bundle
+from edgevl.runtime.chat import ON_FULL
 from edgevl.runtime.engine import ENGINES, GpuOptions, engine_status
 from edgevl.runtime.errors import EdgeVLError, InputError
+from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB
 from edgevl.runtime.results import Completion
 
 __all__ = ["chat", "doctor", "inspect", "run", "verify"]
@@ -38,6 +40,14 @@ def _engine_options(command: _Command) -> _Command:
             help="Prompt tokens that go through the decoder at once; fewer need less memory.",
         ),
         click.option(
+            "--image-cache-mb",
+            type=float,
+            default=DEFAULT_IMAGE_CACHE_MB,
+            show_default=True,
+            metavar="MB",
+            help="Memory for the features of pictures seen before, kept by content; 0: none.",
+        ),
+        click.option(
             "--capacity", type=int, metavar="N", help="Tokens that the KV cache holds [default: the bundle's]."
         ),
         click.option(
@@ -54,6 +64,13 @@ def _engine_options(command: _Command) -> _Command:
 
 def _sampling_options(command: _Command) -> _Command:
     for option in (
+        click.option(
+            "--lookup",
+            "lookup_tokens",
+            type=int,
+            metavar="N",
+            help="Draft up to N tokens where an answer repeats what was said; the tokens stay the same.",
+        ),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text (repeatable)."),
         click.option("--seed", type=int, help="Seed of the draws."),
         click.option("--repetition-penalty", type=float, help="Above 1: lowers what was said before."),
@@ -67,8 +84,18 @@ def _sampling_options(command: _Command) -> _Command:
     return command
 
 
-_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
-_ENGINE = ("engine", "threads", "capacity", "prefill_chunk", "verify_hashes")
+_SAMPLING = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "lookup_tokens",
+)
+_ENGINE = ("engine", "threads", "capacity", "prefill_chunk", "image_cache_mb", "verify_hashes")
 
 
 def _open(bundle: str, options: dict[str, Any]) -> Any:
@@ -94,9 +121,10 @@ def _content(
 
 def _stats(completion: Completion) -> str:
     t, u = completion.timings, completion.usage
+    hits = f", {u.cached_images} of {u.images} pictures encoded before" if u.images else ""
     rows = [
         ("preprocess", f"{t.preprocess_s * 1e3:.1f} ms", ""),
-        ("vision", f"{t.vision_s * 1e3:.1f} ms", f"{u.image_tokens} image tokens"),
+        ("vision", f"{t.vision_s * 1e3:.1f} ms", f"{u.image_tokens} image tokens{hits}"),
         (
             "prefill",
             f"{t.prefill_s * 1e3:.1f} ms",
@@ -105,6 +133,8 @@ def _stats(completion: Completion) -> str:
         ("first token", f"{t.first_token_s * 1e3:.1f} ms", "from the request"),
         ("decode", f"{t.decode_s * 1e3:.1f} ms", f"{t.decode_steps} steps, {t.tokens_per_s:.1f} tokens/s"),
     ]
+    if u.drafted_tokens:
+        rows.append(("lookup", "", f"{u.accepted_tokens} of {u.drafted_tokens} drafted tokens were right"))
     return tabulate(rows, tablefmt="plain", colalign=("left", "right", "left"))
 
 
@@ -177,6 +207,7 @@ def _draw(images: Sequence[str], completion: Completion, output: Path) -> None:
 _CHAT_HELP = """/image FILE    add a picture to the next question (again for more)
 /video FOLDER  add a folder of frames
 /undo          take back the last question and its answer
+/edit TEXT     ask the last question in other words, about the same pictures (or those added since)
 /reset         start over
 /stats         times of the last answer
 /quit          leave (or end of input)"""
@@ -185,6 +216,13 @@ _CHAT_HELP = """/image FILE    add a picture to the next question (again for mor
 @click.command()
 @click.argument("bundle")
 @click.option("--system", metavar="TEXT", help="System prompt.")
+@click.option(
+    "--on-full",
+    type=click.Choice(ON_FULL),
+    default=ON_FULL[0],
+    show_default=True,
+    help="When question and answer no longer fit the KV cache with what was said before.",
+)
 @_sampling_options
 @_engine_options
 def chat(bundle: str, **options: Any) -> None:
@@ -197,22 +235,47 @@ def chat(bundle: str, **options: Any) -> None:
       > What is the total?
     """
     with _open(bundle, options) as model:
-        session = model.chat(options["system"])
+        sampling = _sampling(options)
+        model.generation_config(**sampling)  # a bad setting is told now, not at every question
+        session = model.chat(options["system"], options["on_full"])
         if sys.stdin.isatty():
             note("Ask something; /help lists the commands.")
         pending: dict[str, list[str]] = {"images": [], "videos": []}
         while (line := _read_line()) is not None:
             try:
-                if line.startswith("/"):
-                    if _chat_command(line, session, pending) is False:
-                        break
-                elif line:
-                    for piece in session.stream(line, **pending, **_sampling(options)):
-                        click.echo(piece.text, nl=False)
-                    click.echo()
-                    pending = {"images": [], "videos": []}
+                if not line:
+                    continue
+                if not line.startswith("/"):
+                    _answer(session, session.stream(line, **pending, **sampling), pending)
+                elif line.split()[0] == "/edit":
+                    text = line.partition(" ")[2].strip()
+                    if not text:
+                        raise InputError("/edit needs the question's new words")
+                    shown = pending if any(pending.values()) else {}
+                    _answer(session, session.stream_edit(text, **shown, **sampling), pending)
+                elif _chat_command(line, session, pending) is False:
+                    break
             except EdgeVLError as e:  # a wrong path must not end a conversation
                 note(f"edgevl: error: {e}")
+
+
+def _answer(session: Any, pieces: Iterator[Any], pending: dict[str, list[str]]) -> None:
+    """Print an answer as it comes. The pictures that were waiting wait no longer, come what may: one that cannot be
+    read would stand in the way of every later question."""
+    dropped = session.dropped_turns
+    try:
+        for piece in pieces:
+            click.echo(piece.text, nl=False)
+        click.echo()
+    except EdgeVLError:
+        if any(pending.values()):
+            note(f"put aside: {', '.join(path for waiting in pending.values() for path in waiting)}")
+        raise
+    finally:
+        for waiting in pending.values():
+            waiting.clear()
+    if session.dropped_turns > dropped:
+        note(f"the KV cache was full: dropped {session.dropped_turns - dropped} of the oldest turns")
 
 
 def _read_line() -> str | None:
@@ -238,6 +301,8 @@ def _chat_command(line: str, session: Any, pending: dict[str, list[str]]) -> boo
         note("took back the last question" if session.undo() else "nothing to take back")
     elif name == "/reset":
         session.reset()
+        for waiting in pending.values():
+            waiting.clear()
         note("the conversation starts over")
     elif name == "/stats":
         note(_stats(session.last) if session.last is not None else "no answer yet")

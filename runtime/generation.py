@@ -223,8 +223,11 @@ class VisionLanguageModel:
         """A decoder loop over a fresh cache."""
         return Decoder(self.engine, self.config, self.engine.new_cache(self.capacity, batch), self._chunk)
 
-    def prepare(self, messages: Sequence[dict[str, Any]], check_length: bool = True) -> PreparedPrompt:
+    def prepare(self, messages: Sequence[dict[str, Any]], *, check_length: bool = True) -> PreparedPrompt:
         """Encode the pictures of `messages`, build the prompt and its positions.
+
+        Args:
+            check_length: refuse a prompt that does not fit the KV cache.
 
         Raises:
             InputError: messages or pictures that cannot be used.

@@ -104,36 +104,36 @@ class VisionStage:
         started = time.perf_counter()
         processed = self.preprocess(item)
         done = time.perf_counter()
-        groups = processed.pixel_values.reshape(processed.grid.t, processed.grid.h * processed.grid.w, -1)
-        keys = [content_key(group, "frames", processed.grid.h, processed.grid.w) for group in groups]
-        embeds, cached = self._run_groups(processed, groups, keys)
+        grid = processed.grid
+        groups = processed.pixel_values.reshape(grid.t, grid.h * grid.w, -1)
+        embeds, keys, hits = self._frames(groups, grid)
         freeze(embeds)
         return EncodedImage(
             embeds=embeds,
-            grid=processed.grid,
+            grid=grid,
             original_size=processed.original_size,
             resized_size=processed.resized_size,
             key=join_keys("video", keys),
             preprocess_s=done - started,
             vision_s=time.perf_counter() - done,
-            cached=cached == len(keys),
+            cached=hits == len(keys),
         )
 
-    def _run_groups(self, processed: ProcessedImage, groups: np.ndarray, keys: Sequence[str]) -> tuple[Rows, int]:
-        """Embeddings of a video, and how many of its frame groups the cache had. One that does not fit the cache
-        whole is kept out of it: going round, it would drop every group before it is asked for again."""
-        grid = processed.grid
+    def _frames(self, groups: np.ndarray, grid: VisionGrid) -> tuple[Rows, list[str], int]:
+        """Embeddings of frame groups float32 [t, h × w, patch_dim] of a video of `grid`, their keys, and how many of
+        them the cache had. Of a video that does not fit the cache whole nothing is kept: going round, it would drop
+        every group before it is asked for again."""
         tokens = grid.tokens(self._config.vision.spatial_merge_size)
+        keys = [content_key(group, "frames", grid.h, grid.w) for group in groups]
         if tokens * self._config.text.hidden_size * 4 > self.cache.limit_bytes:
-            return self.run(processed), 0
+            return self._run(groups, grid), keys, 0
 
         def encode(indices: list[int]) -> np.ndarray:
-            part = VisionGrid(len(indices), grid.h, grid.w)
-            chosen = groups if len(indices) == len(groups) else groups[indices]
-            embeds = self.run(replace(processed, pixel_values=chosen.reshape(part.patches, -1), grid=part))
+            embeds = self._run(groups if len(indices) == len(groups) else groups[indices], grid)
             return np.asarray(embeds).reshape(len(indices), tokens // grid.t, -1)
 
-        return cached_rows(self.cache, keys, encode)
+        embeds, hits = cached_rows(self.cache, keys, encode)
+        return embeds, keys, hits
 
     def preprocess(self, item: VisionInput) -> ProcessedImage:
         """Pixels of one picture or video, as the vision encoder wants them."""
@@ -141,13 +141,16 @@ class VisionStage:
 
     def run(self, processed: ProcessedImage) -> Rows:
         """Embeddings [tokens, hidden] of preprocessed pixels: float32, or a tensor on the engine's device."""
-        grid, vision = processed.grid, self._config.vision
+        grid = processed.grid
+        return self._run(processed.pixel_values.reshape(grid.t, grid.h * grid.w, -1), grid)
+
+    def _run(self, patches: np.ndarray, grid: VisionGrid) -> Rows:
+        """Embeddings of some temporal patches float32 [t, h × w, patch_dim] of a grid."""
+        vision = self._config.vision
         cos, sin = vision_rotary_rows(grid.h, grid.w, vision.spatial_merge_size, vision.head_dim)
-        per_frame = grid.h * grid.w
-        patches = processed.pixel_values.reshape(grid.t, per_frame, -1)
-        step = max(1, _PATCHES_PER_CALL // per_frame)
+        step = max(1, _PATCHES_PER_CALL // (grid.h * grid.w))
         parts = []
-        for start in range(0, grid.t, step):
+        for start in range(0, len(patches), step):
             frames = patches[start : start + step]
             rows = {
                 "rotary_cos": np.broadcast_to(cos, (len(frames), *cos.shape)),

@@ -54,15 +54,13 @@ class Reference:
         return pixels, torch.tensor([[g.t, g.h, g.w] for g in grids]), grids
 
     def logits(self, ids: Sequence[int], vision: Sequence, positions: list[list[int]] | None = None) -> np.ndarray:
-        """[S, vocab] of one sequence; `vision` holds what its placeholders stand for."""
-        inputs, grids = {}, []
-        if vision:
-            pixels, grid_thw, grids = self._pixels(vision)
-            inputs = (
-                {"pixel_values_videos": pixels, "video_grid_thw": grid_thw}
-                if isinstance(vision[0], list)
-                else {"pixel_values": pixels, "image_grid_thw": grid_thw}
-            )
+        """[S, vocab] of one sequence; `vision` holds what its placeholders stand for, in order."""
+        inputs, grids = {}, self._pixels(vision)[2] if vision else []
+        images, videos = ([v for v in vision if isinstance(v, list) == film] for film in (False, True))
+        if images:
+            inputs["pixel_values"], inputs["image_grid_thw"], _ = self._pixels(images)
+        if videos:
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], _ = self._pixels(videos)
         positions = positions or released_positions(list(ids), grids, self.placeholders)
         with torch.no_grad():
             out = self.model(
