@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from edgevl.runtime.cuda_memory import CudaRuntime, DeviceBuffer, PinnedArray, Stream
+from edgevl.runtime.cuda_memory import CudaGraph, CudaRuntime, DeviceBuffer, PinnedArray, Stream
 from edgevl.runtime.errors import EngineError
 from edgevl.runtime.graph_spec import GraphSpec
 
@@ -52,10 +52,10 @@ class HostCuda(CudaRuntime):
 class HostStream(Stream):
     def __init__(self, cuda: HostCuda) -> None:
         super().__init__(cuda, 0)
-        self.recording: list[Callable[[], None]] | None = None
+        self.recording: list[Callable[[], object]] | None = None
         self.launches = self.captures = 0
 
-    def do(self, work: Callable[[], None]) -> None:
+    def do(self, work: Callable[[], object]) -> None:
         if self.recording is None:
             work()
         else:
@@ -80,7 +80,7 @@ class HostStream(Stream):
         self.recording = []
         self.captures += 1
 
-    def end_capture(self):
+    def end_capture(self) -> HostGraph:
         assert self.recording is not None
         work, self.recording = self.recording, None
         return HostGraph(work)
@@ -89,11 +89,12 @@ class HostStream(Stream):
         self.recording = None
 
 
-class HostGraph:
-    def __init__(self, work: list[Callable[[], None]]) -> None:
+class HostGraph(CudaGraph):
+    def __init__(self, work: list[Callable[[], object]]) -> None:
         self.work = work
 
-    def launch(self, stream: HostStream) -> None:
+    def launch(self, stream: Stream) -> None:
+        assert isinstance(stream, HostStream)
         stream.launches += 1
         for step in self.work:
             step()

@@ -48,7 +48,7 @@ def _logits(bundle: Path, prefill: bool = True) -> tuple[np.ndarray, np.ndarray]
     message = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Read it."}]}
     with VisionLanguageModel.open(bundle, "ort-cpu", threads=2) as model:
         prompt, decoder = model.prepare([message]), model.decoder()
-        embeds = prompt.images[0].embeds
+        embeds = np.asarray(prompt.images[0].embeds)
         if prefill:
             return decoder.prefill(0, prompt.ids, prompt.positions, embeds), embeds
         decoder.prefill(0, prompt.ids[:-1], prompt.positions[:, :-1], embeds)
