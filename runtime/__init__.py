@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from edgevl.runtime.errors import EdgeVLError
     from edgevl.runtime.generation import Stream, VisionLanguageModel
     from edgevl.runtime.grounding import Box, Point
-    from edgevl.runtime.results import Completion, Piece, Timings, Usage
+    from edgevl.runtime.results import Completion, Piece, Timings, Usage, VideoInfo
     from edgevl.runtime.sampling import GenerationConfig
     from edgevl.runtime.vision import EncodedImage
 
@@ -31,6 +31,7 @@ _HOME = {
     "Stream": "generation",
     "Timings": "results",
     "Usage": "results",
+    "VideoInfo": "results",
     "VisionLanguageModel": "generation",
 }
 
@@ -47,6 +48,7 @@ __all__ = [
     "Stream",
     "Timings",
     "Usage",
+    "VideoInfo",
     "VisionLanguageModel",
 ]
 

@@ -5,9 +5,9 @@ at a constant rate. Where the frames of a file come at a varying rate the refere
 frames that are on screen at evenly spaced times are taken. On top of it, a video is fitted to the tokens that the KV
 cache has room for. It decodes nothing itself: `edgevl.runtime.video_reading` does.
 
-Earlier versions of the reference differ: before 0.0.9 a whole video had 24,576 tokens (115,200 now) and the number of
-frames was rounded to the nearest even one (to the next lower one now); before 0.0.12 frames given as a list had the
-limits of pictures, not those of a video.
+Earlier versions of the reference differ: 0.0.8 gives a whole video 24,576 tokens (115,200 from 0.0.11) and rounds the
+number of frames to the nearest even one (to the next lower one from 0.0.11); up to 0.0.11 frames given as a list have
+the limits of pictures, not those of a video.
 """
 
 from __future__ import annotations
