@@ -16,8 +16,8 @@ from tabulate import tabulate
 
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.runtime import Completion, VisionLanguageModel
-from edgevl.runtime.doctor import cpu_model
 from edgevl.runtime.box_drawing import draw_boxes
+from edgevl.runtime.doctor import cpu_model
 from edgevl.runtime.grounding import strip_grounding
 from edgevl.runtime.image_loading import load_image
 

@@ -480,7 +480,7 @@ def test_stored_pixels_of_a_turned_picture(orientation, tmp_path):
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
     upright = load_image(tmp_path / "a.png")
-    x1, y1, x2, y2 = upright.getbbox()
+    x1, y1, x2, y2 = upright.getbbox() or (0, 0, 0, 0)
     there = Box("a", x1, y1, x2, y2)
     assert corners(there.stored(upright.size, orientation)) == (7, 11, 31, 19)
     corner = Point("", x1, y1).stored(upright.size, orientation)

@@ -283,7 +283,7 @@ def test_a_prompt_that_does_not_fit_is_refused(bundles: dict[str, Path], room: A
             model.generate_batch([prompt, prompt], max_new_tokens=8)
         text = [{"role": "user", "content": "a " * 1500}]
         room(planner.prefill(1200) - planner.prefill(tokens) + planner.cache(2000))
-        with pytest.raises(CapacityError, match="a prefill chunk of [0-9]+ would fit|send fewer or shorter"):
+        with pytest.raises(CapacityError, match=r"a prefill chunk of [0-9]+ would fit|send fewer or shorter"):
             model.generate(text, max_new_tokens=8)
 
 
