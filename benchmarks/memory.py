@@ -78,6 +78,7 @@ def _child(bundle: str, case: Case) -> None:
     from edgevl.runtime.doctor import peak_rss_bytes
 
     rng = np.random.default_rng(0)
+    answers = []
     with VisionLanguageModel.open(bundle, "ort-cpu", threads=2, memory_limit="off") as model:
         opening = peak_rss_bytes()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again (Linux, proc(5))

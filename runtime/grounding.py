@@ -139,8 +139,8 @@ def parse_grounding(text: str, image_sizes: Sequence[tuple[int, int]]) -> tuple[
     for at, label, numbers in sorted([*_token_items(text), *_json_items(text)], key=lambda item: item[0]):
         image = next((i for place, i in reversed(mentions) if place < at), len(image_sizes) - 1)
         width, height = image_sizes[image]
-        pixels = [n * (height if i % 2 else width) / SCALE for i, n in enumerate(numbers)]
-        found.append(Box(label, *pixels, image) if len(pixels) == 4 else Point(label, *pixels, image))
+        x1, y1, x2, y2 = (n * (height if i % 2 else width) / SCALE for i, n in enumerate((*numbers, 0.0, 0.0)[:4]))
+        found.append(Box(label, x1, y1, x2, y2, image) if len(numbers) == 4 else Point(label, x1, y1, image))
     return tuple(found)
 
 

@@ -36,7 +36,8 @@ BLOCK_SUM_BYTES = 4
 FP16_WIDENED = 2.2
 # Vision, in units of patches × width float32: merged q/k/v 3, split 3, rotated 2, MultiHeadAttention's own transposes
 # 3 and output 2, residual and norm 2 make 15; the rest is the arena's rounding of chunks. Slope measured over 256 to
-# 6,400 patches: 20 to 22, the same for float32 and W8A8 (whose feed-forward layer needs less than attention).
+# 6,400 patches: 20 to 22, the same for float32 and W8A8 (whose feed-forward layer needs less than attention). An
+# encoder of a single block stays at 16; no released one has less than 32.
 VISION_UNITS = 22.0
 VISION_UNITS_FP16 = 26.0  # casts around every product
 # Decoder prefill, per token in float32: gate, its silu, up and their product, each as wide as the feed-forward layer,
@@ -58,7 +59,8 @@ class Plan:
     image_tokens: int
     cache_tokens: int
     batch: int
-    base: int
+    base: int  # interpreter, libraries, tokenizer
+    tokenizer: int  # the part of base that is the tokenizer
     weights: int
     mapped: int  # pages of weight files that stay resident until opening has ended
     pixels: int
@@ -69,7 +71,8 @@ class Plan:
 
     @property
     def opening(self) -> int:
-        return self.base + self.weights + self.mapped
+        """The tokenizer comes when the engine has opened and given the mapped pages back."""
+        return self.base + self.weights + max(0, self.mapped - self.tokenizer)
 
     @property
     def picture(self) -> int:
@@ -105,7 +108,11 @@ class Planner:
 
     @property
     def base(self) -> int:
-        return BASE + TOKENIZER_BYTES_PER_TOKEN * self._text.vocab_size
+        return BASE + self.tokenizer
+
+    @property
+    def tokenizer(self) -> int:
+        return TOKENIZER_BYTES_PER_TOKEN * self._text.vocab_size
 
     @property
     def table(self) -> int:
@@ -162,6 +169,14 @@ class Planner:
         """The resized picture's bytes and its patches in float32, and the patches' copy for the graph's frames."""
         return grid.patches * (self._vision.patch_dim * 4 + self._vision.patch_size**2 * self._vision.in_channels)
 
+    def _host_pixels(self, grids: Sequence[VisionGrid], batch: int) -> int:
+        """All the request's pictures as RGB, and the patches of the one that is encoded; from the second picture on
+        the allocator still holds those of the one before."""
+        patch = self._vision.patch_size**2 * self._vision.in_channels
+        pictures = batch * sum(g.patches * patch for g in grids)
+        held = 2 if batch * len(grids) > 1 else 1
+        return pictures + held * max((self.pixels(g) for g in grids), default=0)
+
     def vision(self, grid: VisionGrid) -> int:
         """Activations of the largest call: all frames that go through the encoder at once."""
         per_frame = grid.h * grid.w
@@ -196,9 +211,10 @@ class Planner:
             cache_tokens=prompt + new_tokens,
             batch=batch,
             base=self.base,
+            tokenizer=self.tokenizer,
             weights=self.weights,
             mapped=self.mapped,
-            pixels=max((self.pixels(g) for g in grids), default=0),
+            pixels=self._host_pixels(grids, batch),
             vision=max((self.vision(g) for g in grids), default=0),
             embeds=batch * self.embeds(image_tokens),
             prefill=self.prefill(prompt),
