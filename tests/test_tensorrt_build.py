@@ -223,6 +223,17 @@ def test_progress_and_cancelling(standard: Bundle) -> None:
     assert seen == [("Building", 0, 5), ("Building", 1, 5), ("Building", 2, 5), ("Building", 3, 5), ("Building", 5, 5)]
 
 
+def test_weights_may_stream_and_memory_may_be_limited(pair: Pair, tmp_path: Path) -> None:
+    bundle = _export(pair.checkpoint, tmp_path / "b", "tensorrt", "fp16")
+    options = BuildOptions(
+        targets=("sm86",), weight_streaming=True, workspace=64 << 20, timing_cache=tmp_path / "t", optimization_level=1
+    )
+    report = build_plans(bundle, options)
+    assert lint_plans(bundle, report.plans) == []
+    assert report.notes == ("no timing cache: kernels are not timed in a build without the device",)
+    assert not (tmp_path / "t").exists()
+
+
 # ---------------------------------------------------------------------- bad input
 
 
@@ -231,6 +242,7 @@ def test_progress_and_cancelling(standard: Bundle) -> None:
     [
         ({"targets": ("sm87",)}, r"does not build for sm87; expected some of sm75, sm80, sm86, sm89, sm120, sm121"),
         ({"targets": ("ampere", "sm86")}, "does not build for ampere"),
+        ({"targets": ("sm86",), "refit": True}, "plans that can be refitted are built on their GPU only"),
         ({"targets": ("sm75",)}, "int4 weights have no kernels on sm75"),
         ({"targets": ("sm86",), "rows": 0}, "profile rows is 0, expected 1 to 64"),
         ({"targets": ("sm86",), "prefill": CAPACITY + 1}, f"profile prefill is 257, expected 1 to {CAPACITY}"),
