@@ -48,6 +48,7 @@ _WORK = ("*.npy", "layer-*.json", "vision-*.json", "vision-*.block")  # what a f
 _ACTIVATIONS: dict[str, Literal["token", "tensor"]] = {"int8": "token", "int8-static": "tensor"}
 Progress = Callable[[int, int, str], None]  # layers done, layers in all, what is being done
 Judge = Callable[[Path], None]  # of a complete folder that is not published yet
+Begin = Callable[[Sample, Tensor, Tensor], None]  # the sample, and its rotary rows
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,19 @@ class _Run:
         return Activations(path, lengths, self.checkpoint.config.text.hidden_size)
 
     def outputs(
-        self, stream: str, layer: int, weights: Mapping[str, Tensor], watch: Watch | None = None
+        self,
+        stream: str,
+        layer: int,
+        weights: Mapping[str, Tensor],
+        watch: Watch | None = None,
+        begin: Begin | None = None,
     ) -> Iterator[Tensor]:
-        """Outputs of one layer, sample by sample."""
+        """Outputs of one layer, sample by sample; `begin` is told of each before."""
         extra: dict[str, Any] = {} if watch is None else {"watch": watch}
         for sample, hidden in zip(self.streams[stream], self.hidden(stream, layer).read()):
             cos, sin = self._rows(sample)
-            if isinstance(watch, _Observed):
-                watch.begin(sample)
+            if begin is not None:
+                begin(sample, cos, sin)
             yield decoder_layer(hidden, weights, cos, sin, self.checkpoint.config.text, **extra)
 
     def reports(self, layer: int) -> list[LayerReport]:
@@ -278,7 +284,7 @@ class _Observed:
         self._by_point: dict[str, HessianAccumulator] = {}
         self._weights: tuple[Tensor, ...] = ()
 
-    def begin(self, sample: Sample) -> None:
+    def begin(self, sample: Sample, *_: Tensor) -> None:
         """What comes next is of `sample`."""
         if self._recipe.visual_weight != 1.0:
             self._weights = (token_weights(torch.from_numpy(sample.visual), self._recipe.visual_weight),)
@@ -326,7 +332,8 @@ def _quantize_layer(run: _Run, layer: int) -> None:
         rounded = rounded_cache(cache.observer.scales()) if cache and stream == "quantized" else None
         watch = chained(done.watch, cache if stream == "samples" else rounded)
         how = (weights, None) if stream == "original" else (done.weights, watch)
-        run.hidden(stream, layer + 1).write(run.outputs(stream, layer, *how))
+        begin = None if cache is None else lambda _, cos, sin: cache.begin(cos, sin)
+        run.hidden(stream, layer + 1).write(run.outputs(stream, layer, *how, begin=begin))
     if cache is not None:
         done.tensors |= cache.tensors(f"model.layers.{layer}.self_attn")
     _replace(run.folder / f"layer-{layer:03d}.json", json.dumps([asdict(r) for r in done.reports]))
@@ -339,7 +346,7 @@ def _observed(run: _Run, layer: int, weights: Mapping[str, Tensor], point: str |
     """The samples through one layer, watched at `point` or everywhere."""
     seen = _Observed(run.recipe, layer) if point is None else _Observed(run.recipe, layer, (point,))
     if run.recipe.watches_decoder:
-        for _ in run.outputs("samples", layer, weights, seen):
+        for _ in run.outputs("samples", layer, weights, seen, seen.begin):
             pass
     return seen
 

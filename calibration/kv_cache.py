@@ -7,6 +7,8 @@ prompt too.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,30 +16,54 @@ from edgevl.calibration.layers import Watch
 from edgevl.calibration.observers import KVObserver, KVScales
 from edgevl.runtime.config import TextConfig
 
-__all__ = ["CacheWatch", "chained", "rounded_cache"]
+__all__ = ["REACH", "CacheWatch", "chained", "rounded_cache"]
+
+REACH = 8191  # positions for which keys are kept within range; export's default capacity
 
 
 class CacheWatch:
     """A watcher that measures one layer's cache.
 
     The rotary turns a key's channels i and i + head_dim / 2 into each other as positions grow, and prompts at run time
-    are longer than samples: both channels of a pair are given the pair's largest length, which no position changes.
+    are longer than samples: what counts is the largest that a key becomes at any position up to `reach`. That is the
+    pair's length where the frequency is high; where it is so low that the pair hardly turns, each channel keeps a range
+    of its own (a third of the divergence of SmolLM2's keys hangs on it).
     """
 
     def __init__(self, config: TextConfig, name: str) -> None:
         self.observer = KVObserver(config.num_key_value_heads, config.head_dim, name)
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        reach = min(REACH, config.max_position_embeddings - 1)
+        self._turn = (reach * config.rope_theta**-exponent).float()  # [head_dim / 2], radians
+        self._rows: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, cos: Tensor, sin: Tensor) -> None:
+        """What comes next was turned by these rotary rows [S, head_dim / 2]."""
+        self._rows = cos[:, None], sin[:, None]
 
     def __call__(self, point: str, x: Tensor) -> None:
-        if point == "k":
-            length = torch.hypot(*x.chunk(2, -1))
-            self.observer.add_keys(torch.cat([length, length], -1))
-        elif point == "v":
+        if point == "v":
             self.observer.add_values(x)
+        elif point == "k":
+            if self._rows is None:
+                raise ValueError("keys came before `begin` said how they were turned")
+            (a, b), (cos, sin) = x.chunk(2, -1), self._rows
+            angle = torch.atan2(b * cos - a * sin, a * cos + b * sin)  # at position 0
+            length = torch.hypot(a, b)
+            most = [length * _largest_cosine(angle - shift, self._turn) for shift in (0.0, math.pi / 2)]
+            self.observer.add_keys(torch.cat(most, -1))
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """k_scale and v_scale as a checkpoint stores them: float32 [kv_heads, 1, head_dim]."""
         scales = self.observer.scales()
         return {f"{prefix}.k_scale": scales.key[:, None], f"{prefix}.v_scale": scales.value[:, None]}
+
+
+def _largest_cosine(start: Tensor, turn: Tensor) -> Tensor:
+    """The largest |cos| between the angles `start` and `start + turn`, turn >= 0."""
+    stop = start + turn
+    peak = torch.floor(stop / math.pi) > torch.floor(start / math.pi)
+    return torch.where(peak, 1.0, torch.maximum(start.cos().abs(), stop.cos().abs()))
 
 
 def rounded_cache(scales: KVScales) -> Watch:

@@ -59,8 +59,8 @@ COSINE_FLOORS = {
     "vision": {"fp32": 0.99999, "fp16": 0.999, "int8": 0.98},
     "decoder": {"fp32": 0.99999, "fp16": 0.999, "int8": 0.98, "int8-weights": 0.98, "int4": 0.8},
 }
-# Where keys and values are int8 codes: seen TODO.
-INT8_CACHE_FLOOR = 0.99
+# The same where keys and values are int8 codes: seen over fp32 weights 0.9999 (demo model) and 0.9995 (random).
+INT8_CACHE_FLOOR = 0.995
 # Normalised units. Pixels are integers before normalising, so the smallest real difference is 1 / 255 / 0.28 = 0.014.
 PIXEL_TOLERANCE = 1e-5
 # Greedy tokens that differ are a tie, not a drift, when their golden logits are closer than this part of the range.

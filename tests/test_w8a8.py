@@ -326,7 +326,7 @@ def test_the_graphs_compute_what_numpy_says(static: QuantizeReport, tmp_path: Pa
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(model._vision._graph), "run", recorded)
-            embeds = [model._vision.run(p) for p in sample.vision]
+            embeds = [np.asarray(model._vision.run(p)) for p in sample.vision]
     seen: set[str] = set()
     seen |= check(tmp_path / "b", "vision", feeds["vision"][0], tensors)
     seen |= check(tmp_path / "b", "decoder", decoder_feed(sample, embeds), tensors)
