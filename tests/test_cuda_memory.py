@@ -171,7 +171,9 @@ def test_a_device_cache_moves_forks_and_rewinds_like_one_on_the_host(spec: Graph
 
     for row, count in ((0, 5), (1, 9), (2, 1), (0, 3)):
         values = {
-            past: rng.standard_normal((spec.input(past).shape[1], count, spec.input(past).shape[3])).astype(np.float16)
+            past: rng.standard_normal((int(spec.input(past).shape[1]), count, int(spec.input(past).shape[3]))).astype(
+                np.float16
+            )
             for past, _ in spec.cache
         }
         both(lambda c, row=row, values=values: write(c, row, values))
