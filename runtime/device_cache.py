@@ -139,15 +139,6 @@ class DeviceKVCache(KVCache):
         self._stream.synchronize()
         self.lengths[row] += count
 
-    def store(self, name: str, row: int, start: int, source: int, count: int) -> None:
-        """Put the copy of `count` new tokens of one head after another at `source` [kv_heads, count, d] (device) to
-        `start` of `row` on the stream, for graphs that give only the new tokens."""
-        b = self._buffers[name]
-        _, heads, _, dim = b.shape
-        token = dim * item_size(b.dtype)
-        target = b[row : row + 1].pointer + start * token
-        self._stream.copy_rows(target, self.capacity * token, source, count * token, count * token, heads)
-
     def _copy(self, target: DeviceTensor, target_start: int, source: DeviceTensor, start: int, count: int) -> None:
         """`count` tokens of every head of every row, both of one shape but for the rows."""
         rows, heads, _, dim = source.shape

@@ -190,7 +190,9 @@ def _onnxruntime() -> str:
 def _ort_cpu(bundle: Bundle | None) -> str:
     version = _onnxruntime()
     if bundle is not None and "onnxruntime" not in bundle.requires:
-        raise EngineError(f"the bundle was exported for {bundle.target!r}; export with --target cpu")
+        raise EngineError(
+            f"the bundle was exported for {bundle.target!r}, not for ONNX Runtime; export with --target cpu"
+        )
     return f"onnxruntime {version}, {usable_cores()} cores"
 
 

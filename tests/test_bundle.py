@@ -106,8 +106,9 @@ def test_engines_by_name(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = open_engine(bundle, "auto", notice=notes.append)
     assert engine.name == "ort-cpu" and len(notes) == 1 and "ort-cpu" in notes[0]
     assert {s.name: s.usable for s in engine_status()} == {"ort-cpu": True, "ort-cuda": False, "tensorrt": False}
-    monkeypatch.setattr(engine_module, "engine_status", lambda: [EngineStatus("ort-cpu", False, "gone")])
-    with pytest.raises(EngineError, match="no engine is usable here: ort-cpu: gone"):
+    gone = [EngineStatus(name, False, "gone") for name in engine_module.ENGINES]
+    monkeypatch.setattr(engine_module, "engine_status", lambda bundle: gone)
+    with pytest.raises(EngineError, match="no engine is usable here: tensorrt: gone; ort-cuda: gone; ort-cpu: gone"):
         open_engine(bundle)
 
 

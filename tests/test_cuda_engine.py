@@ -177,7 +177,7 @@ def test_lengths_decide_and_the_largest_total_only_bounds(cuda_bundle: Any) -> N
 
 
 def test_precisions_without_cuda_kernels_are_refused(tiny: Pair, tmp_path: Path) -> None:
-    for options, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         (
             {"precision": "int8"},
             r"precision 'int8' is unknown for target 'cuda'; expected one of fp16, int8-weights, int4",
@@ -186,7 +186,8 @@ def test_precisions_without_cuda_kernels_are_refused(tiny: Pair, tmp_path: Path)
         ({"decoder_precision": "hybrid"}, r"decoder precision 'hybrid' has no CUDA kernels.*int8-weights, int4"),
         ({"decoder_precision": "fp32"}, "decoder precision 'fp32' has no CUDA kernels"),
         ({"vision_precision": "int1"}, "vision precision 'int1' is unknown"),
-    ):
+    )
+    for options, message in cases:
         with pytest.raises(InputError, match=message):
             export_bundle(tiny.checkpoint, tmp_path / "b", replace(ExportOptions(target="cuda"), **options))
         assert not list(tmp_path.iterdir())
