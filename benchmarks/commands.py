@@ -48,6 +48,15 @@ __all__ = ["bench"]
 @click.option("--checkpoint", "kind", default="not told", metavar="TEXT", help="What the weights are, for the report.")
 @click.option("--json", "json_path", metavar="F", help="Write one JSON line per case.")
 @click.option("--report", metavar="F.html", help="Write a page with plots.")
+@click.option(
+    "--fidelity",
+    multiple=True,
+    metavar="BUNDLE=F.json",
+    help="A fidelity report of a bundle's checkpoint, to plot precision against speed (repeatable).",
+)
+@click.option(
+    "--profile", is_flag=True, help="First measure and keep this machine's speed with each bundle, for --ttft-budget."
+)
 def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> None:
     """Measure BUNDLEs: stages, p50 / p95 / p99, cold start, memory, energy, share of what the machine could do.
 
@@ -65,7 +74,11 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
         raise InputError(f"engine {options['engine']!r} is unknown; expected auto, {', '.join(ENGINES)}")
     for key in ("json_path", "report"):
         _check_output(options[key])
+    divergences = _divergences(options["fidelity"], bundles)
     threads = options["threads"] or usable_cores()
+    if options["profile"]:
+        for bundle in bundles:
+            _keep_profile(bundle, options["engine"], threads)
     note("measuring the machine's ceilings")
     ceilings = measure_ceilings(threads)
     system = system_info(threads)
@@ -85,9 +98,37 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
     if options["report"]:
         path = Path(options["report"])
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(html_page(cases), encoding="utf-8")
+        partial.write_text(html_page(cases, divergences), encoding="utf-8")
         partial.replace(path)
         note(f"report: {path}")
+
+
+def _divergences(given: tuple[str, ...], bundles: tuple[str, ...]) -> dict[str, float]:
+    """Bundle name -> KL, from the reports that `edgevl quantize` and `edgevl fidelity` write."""
+    names, found = {Path(b).resolve().name for b in bundles}, {}
+    for text in given:
+        name, _, path = text.partition("=")
+        name = Path(name).resolve().name
+        if name not in names or not path:
+            raise InputError(f"--fidelity {text!r}: expected BUNDLE=F.json with one of {', '.join(sorted(names))}")
+        try:
+            found[name] = float(json.loads(Path(path).read_text(encoding="utf-8"))["divergence"]["kl"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{path}: no fidelity report with a divergence inside ({type(e).__name__}: {e})") from None
+    return found
+
+
+def _keep_profile(bundle: str, engine: str, threads: int) -> None:
+    from edgevl.benchmarks.profile import measure_profile
+    from edgevl.runtime import VisionLanguageModel
+    from edgevl.runtime.profile import profile_path
+
+    note(f"profile of {bundle}: measuring pictures and prompts of several sizes")
+    with VisionLanguageModel.open(bundle, engine, threads=threads) as model:
+        profile = measure_profile(model)
+        path = profile_path(model.bundle, profile.machine)
+        profile.save(path)
+    note(f"profile: {path}")
 
 
 def _workload(name: str, options: dict[str, Any]) -> Workload:

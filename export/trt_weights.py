@@ -133,19 +133,6 @@ class TensorRTWeights(WeightStore):
             )
         return stored_scales(np.array(found, np.float32), self.dtype).astype(self.dtype)
 
-    def pre_scale(self, name: str) -> ir.Value | None:
-        """[K]: what a W8A8 layer's input is multiplied with before it is rounded, where the checkpoint says so."""
-        layer = self._checkpoint.layer(name)
-        entry = None if layer is None else layer.entries.get("pre_quant_scale")
-        if entry is None:
-            return None
-        return self._builder.weight(
-            f"{name}.pre_quant_scale:{self.dtype}",
-            self.dtype,
-            entry.shape,
-            lambda: [self._checkpoint.files.floats(entry.stored_name, entry, 0, entry.shape[0]).astype(self.dtype)],
-        )
-
     def _int8(self, name: str, rows_first: bool, part: tuple[int, int] = (0, 1)) -> tuple[ir.Value, ir.Value]:
         number, parts = part
         rows, columns = self.rows_of([name]) // parts, self.columns_of(name)

@@ -319,6 +319,7 @@ def test_the_page_needs_nothing_beside_it(measured):
         (["--new-tokens", "0"], "new_tokens is 0"),
         (["--json", "/nowhere/at/all.jsonl"], "no such folder"),
         (["--engine", "abacus"], "engine 'abacus' is unknown"),
+        (["--fidelity", "other=f.json"], "expected BUNDLE=F.json with one of"),
     ],
 )
 def test_bad_input_is_one_line(tiny: Pair, arguments, message):
@@ -389,3 +390,24 @@ def test_the_guard_writes_reads_and_trips(tiny: Pair, tmp_path, monkeypatch):
         done = CliRunner().invoke(check.main, arguments)
         assert done.exit_code == status, done.output
         assert ("SLOWER" in done.output) == bool(status)
+
+
+def test_a_fidelity_report_gives_precision_against_speed(tiny: Pair, tmp_path):
+    (tmp_path / "f.json").write_text(json.dumps({"divergence": {"kl": 0.0123}}))
+    (tmp_path / "bad.json").write_text(json.dumps({"divergence": None}))
+    sizes = ("--size", "56x56", "--new-tokens", 2, "--requests", 1, "--rounds", 1, "--threads", 1)
+    done = edgevl("bench", tiny.bundle, *sizes, "--fidelity", f"{tiny.bundle}={tmp_path / 'bad.json'}")
+    assert done.returncode == 2 and "no fidelity report with a divergence" in done.stderr
+    page = tmp_path / "r.html"
+    done = edgevl("bench", tiny.bundle, *sizes, "--report", page, "--fidelity", f"{tiny.bundle}={tmp_path / 'f.json'}")
+    assert done.returncode == 0, done.stderr
+    assert "What precision costs" in page.read_text()
+
+
+def test_the_profile_is_kept_where_the_runtime_finds_it(tiny: Pair, tmp_path):
+    sizes = ("--size", "56x56", "--new-tokens", 2, "--requests", 1, "--rounds", 1, "--threads", 1)
+    done = edgevl("bench", tiny.bundle, *sizes, "--profile", XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    kept = [line.partition("profile: ")[2] for line in done.stderr.splitlines() if line.startswith("profile: ")]
+    assert len(kept) == 1 and Path(kept[0]).is_relative_to(tmp_path)
+    assert json.loads(Path(kept[0]).read_text())
