@@ -113,7 +113,7 @@ class StandardDialect:
     # ------------------------------------------------------------------ linear layers
 
     def linear(self, x: ir.Value, name: str, bias: bool = False) -> ir.Value:
-        form = self._weights.format_of([name], self._precision.linear)
+        form = self._form(name)
         if form.kind == "float":
             y = self.op("MatMul", x, self._weights.transposed([name]))
         elif form.kind == "w8a8":
@@ -126,6 +126,10 @@ class StandardDialect:
                 "float16 that is larger than what it replaces; quantize to 4 bits, or to W8A8 with static scales"
             )
         return self.op("Add", y, self._weights.vector([name], "bias")) if bias else y
+
+    def _form(self, name: str) -> LinearFormat:
+        form = self._weights.format_of([name], self._precision.linear)
+        return LinearFormat("float") if form.kind == "w8a8" and self._weights.left_plain(name) else form
 
     def linears(self, x: ir.Value, names: Sequence[str], bias: bool = False) -> tuple[ir.Value, ...]:
         # TensorRT merges products over one input itself.
@@ -148,14 +152,15 @@ class StandardDialect:
         """[B, S, K] -> [B, S, blocks]."""
         return self.op("ReduceSum", self.op("Reshape", x, self.ints(0, 0, blocks, size)), self.ints(-1), keepdims=0)
 
-    def _int8_product(self, x: ir.Value, name: str) -> ir.Value:
+    def _int8_product(self, x: ir.Value, name: str, part: tuple[int, int] = (0, 1)) -> ir.Value:
         scale = self._weights.static_scale(name)
         factor = self._weights.pre_scale(name)
         if factor is not None:
-            x = self.op("Mul", x, factor)
+            plain = x
+            x = self.shared((plain, factor), lambda: self.op("Mul", plain, factor))
         given = x
         rounded = self.shared((given, float(scale)), lambda: self._rounded(given, scale))
-        return self.op("MatMul", rounded, self.op("DequantizeLinear", *self._weights.int8_columns(name), axis=1))
+        return self.op("MatMul", rounded, self.op("DequantizeLinear", *self._weights.int8_columns(name, part), axis=1))
 
     def _rounded(self, x: ir.Value, scale: np.ndarray) -> ir.Value:
         step = self.builder.constant(f"{self.dtype}_{float(scale)!r}", scale)
@@ -223,8 +228,12 @@ class StandardDialect:
 
     def frame_attention(self, x: ir.Value, qkv: str) -> ir.Value:
         vision = self._config.vision
-        q, k, v = self.op(
-            "Split", self.linear(x, qkv, bias=True), self.ints(*[vision.embed_dim] * 3), axis=-1, outputs=3
-        )
+        if self._form(qkv).kind == "w8a8":
+            # One int8 product with a Split behind it is computed in float16, with the weights written out each time.
+            parts = [(i, 3) for i in range(3)]
+            q, k, v = (self.add(self._int8_product(x, qkv, p), self._weights.bias_part(qkv, p)) for p in parts)
+        else:
+            merged = self.linear(x, qkv, bias=True)
+            q, k, v = self.op("Split", merged, self.ints(*[vision.embed_dim] * 3), axis=-1, outputs=3)
         q, k, v = (self.heads(part, vision.num_heads, vision.head_dim) for part in (q, k, v))
         return self.merged_heads(self.attend(self.rotate(q), self.rotate(k), v, None), vision.embed_dim)

@@ -103,6 +103,8 @@ def build_plans(
     device, capabilities = _device(library, options)
     _check_version(bundle, library)
     _check_int4(bundle, capabilities)
+    if options.targets and options.refit:
+        raise InputError("plans that can be refitted are built on their GPU only; leave --for or --refit away")
     limits = _limits(bundle, options)
     folder = bundle.path(ENGINES_FOLDER) / plan_folder_name(library.flavour, library.version, device)
     _check_folder(bundle, folder, overwrite)

@@ -94,11 +94,29 @@ class TensorRTWeights(WeightStore):
 
     def int8_rows(self, name: str) -> tuple[ir.Value, ir.Value]:
         """An embedding [N, K] in int8 and one scale per row [N]."""
-        return self._int8(name, rows_first=True)
+        return self._int8(name, True)
 
-    def int8_columns(self, name: str) -> tuple[ir.Value, ir.Value]:
-        """A W8A8 layer as int8 [K, N] and one scale per output [N]."""
-        return self._int8(name, rows_first=False)
+    def int8_columns(self, name: str, part: tuple[int, int] = (0, 1)) -> tuple[ir.Value, ir.Value]:
+        """A W8A8 layer, or part i of n equal parts of its outputs, as int8 [K, N] and one scale per output [N]."""
+        return self._int8(name, False, part)
+
+    def bias_part(self, name: str, part: tuple[int, int]) -> ir.Value:
+        """Part i of n equal parts of a bias."""
+        number, parts = part
+        size = self._checkpoint.shape(f"{name}.bias")[0] // parts
+        key = f"{name}.bias:{self.dtype}:{number}of{parts}"
+        return self._builder.weight(
+            key,
+            self.dtype,
+            (size,),
+            lambda: [self._checkpoint.read(f"{name}.bias")[number * size : (number + 1) * size].astype(self.dtype)],
+        )
+
+    def left_plain(self, name: str) -> bool:
+        """Whether a checkpoint with static scales in this part of the model chose to leave layer `name` as it is."""
+        part = name.split(".", 1)[0] + "."
+        others = (q for n, q in self._checkpoint.layers.items() if n.startswith(part))
+        return self._checkpoint.layer(name) is None and any(getattr(q, "input_scale", None) is not None for q in others)
 
     def static_scale(self, name: str) -> np.ndarray:
         """The checkpoint's scale of the activations in front of `name`, a scalar in the compute dtype.
@@ -111,7 +129,7 @@ class TensorRTWeights(WeightStore):
             raise CheckpointError(
                 f"{self._checkpoint.folder}: layer {name} has no static scale of its activations, which int8 on "
                 "TensorRT needs (it rounds activations with scales that are constants); quantize with a recipe that "
-                "writes static scales, or export in fp16 or int4"
+                "writes them (edgevl quantize CHECKPOINT --recipe w8a8-static), or export in fp16 or int4"
             )
         return stored_scales(np.array(found, np.float32), self.dtype).astype(self.dtype)
 
@@ -128,23 +146,27 @@ class TensorRTWeights(WeightStore):
             lambda: [self._checkpoint.files.floats(entry.stored_name, entry, 0, entry.shape[0]).astype(self.dtype)],
         )
 
-    def _int8(self, name: str, rows_first: bool) -> tuple[ir.Value, ir.Value]:
-        rows, columns = self.rows_of([name]), self.columns_of(name)
+    def _int8(self, name: str, rows_first: bool, part: tuple[int, int] = (0, 1)) -> tuple[ir.Value, ir.Value]:
+        number, parts = part
+        rows, columns = self.rows_of([name]) // parts, self.columns_of(name)
         shape = (rows, columns) if rows_first else (columns, rows)
-        key = f"{name}.weight.trt8{'r' if rows_first else 'c'}:{self.dtype}"
+        cut = "" if parts == 1 else f":{number}of{parts}"
+        key = f"{name}.weight.trt8{'r' if rows_first else 'c'}:{self.dtype}{cut}"
         scales = np.empty(rows, self.dtype)
 
         def chunks() -> Iterator[np.ndarray]:
             out = None if rows_first else np.empty(shape, np.int8)
-            start = 0
+            start = -number * rows  # of the next rows, counted from the first that is wanted
             for q in self._channel_parts([name]):
-                stop = start + len(q.scales)
-                scales[start:stop] = stored_scales(q.scales, self.dtype)
-                if out is None:
-                    yield q.codes
-                else:
-                    out[:, start:stop] = q.codes.T
-                start = stop
+                first, last = max(0, -start), min(len(q.scales), rows - start)
+                if first < last:
+                    codes, here = q.codes[first:last], slice(start + first, start + last)
+                    scales[here] = stored_scales(q.scales[first:last], self.dtype)
+                    if out is None:
+                        yield codes
+                    else:
+                        out[:, here] = codes.T
+                start += len(q.scales)
             if out is not None:
                 yield out
 

@@ -95,7 +95,7 @@ def test_folder_names_are_plain() -> None:
 
 def _changed(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     *parents, last = path.split(".")
-    at = data
+    at: Any = data
     for key in parents:
         at = at[int(key)] if isinstance(at, list) else at[key]
     at[int(last) if isinstance(at, list) else last] = value

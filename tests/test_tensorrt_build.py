@@ -17,7 +17,8 @@ import pytest
 from checkpoints import DEMO
 from click.testing import CliRunner
 from conftest import MakePair, Pair
-from trt_checkpoints import shaped_checkpoint
+from quantized import CASES
+from trt_checkpoints import shaped_checkpoint, static_int8_checkpoint
 
 from edgevl.export import build_progress, tensorrt_build
 from edgevl.export.build_command import build
@@ -104,6 +105,23 @@ def test_one_layer_of_true_width(
     assert lint_plans(bundle, plans) == []
     if precision == "int4":  # once, not once per profile
         assert plans.plans["decoder"].size < 1.2 * bundle.files["decoder.onnx.data"].size + 4e6
+
+
+@pytest.mark.skipif("static activations" not in CASES, reason="this reader knows no static activation scales")
+@pytest.mark.parametrize("target", ["tensorrt", "jetpack6"])
+def test_static_int8(target: str, tmp_path: Path) -> None:
+    """W8A8 decoder and vision encoder: int8 products, no weight written out in float16."""
+    checkpoint = static_int8_checkpoint(tmp_path / "c")
+    options = ExportOptions("int8", vision_precision="int8", target=target, max_tokens=CAPACITY)
+    export_bundle(checkpoint, tmp_path / "b", options)
+    bundle = Bundle.open(tmp_path / "b")
+    assert bundle.precision == "vision int8, decoder int8" and lint_bundle_graphs(bundle) == []
+    plans = build_plans(bundle, SM86).plans
+    assert lint_plans(bundle, plans) == []
+    for role in ("vision", "decoder"):
+        for program in read_programs(plans.path(role)):
+            products = [k for k in program.kernels if any(program.types.get(n) == "int8" for n in k.inputs)]
+            assert len(products) >= 4 * (6 if role == "vision" else 4)
 
 
 # ---------------------------------------------------------------------- what a build leaves
@@ -205,6 +223,17 @@ def test_progress_and_cancelling(standard: Bundle) -> None:
     assert seen == [("Building", 0, 5), ("Building", 1, 5), ("Building", 2, 5), ("Building", 3, 5), ("Building", 5, 5)]
 
 
+def test_weights_may_stream_and_memory_may_be_limited(pair: Pair, tmp_path: Path) -> None:
+    bundle = _export(pair.checkpoint, tmp_path / "b", "tensorrt", "fp16")
+    options = BuildOptions(
+        targets=("sm86",), weight_streaming=True, workspace=64 << 20, timing_cache=tmp_path / "t", optimization_level=1
+    )
+    report = build_plans(bundle, options)
+    assert lint_plans(bundle, report.plans) == []
+    assert report.notes == ("no timing cache: kernels are not timed in a build without the device",)
+    assert not (tmp_path / "t").exists()
+
+
 # ---------------------------------------------------------------------- bad input
 
 
@@ -213,6 +242,7 @@ def test_progress_and_cancelling(standard: Bundle) -> None:
     [
         ({"targets": ("sm87",)}, r"does not build for sm87; expected some of sm75, sm80, sm86, sm89, sm120, sm121"),
         ({"targets": ("ampere", "sm86")}, "does not build for ampere"),
+        ({"targets": ("sm86",), "refit": True}, "plans that can be refitted are built on their GPU only"),
         ({"targets": ("sm75",)}, "int4 weights have no kernels on sm75"),
         ({"targets": ("sm86",), "rows": 0}, "profile rows is 0, expected 1 to 64"),
         ({"targets": ("sm86",), "prefill": CAPACITY + 1}, f"profile prefill is 257, expected 1 to {CAPACITY}"),

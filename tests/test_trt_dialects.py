@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 from conftest import MakePair, Pair
 from quantized import CASES, write
@@ -51,9 +52,9 @@ def bundles(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
     root = tmp_path_factory.mktemp("trt")
     made = {}
     for target in TARGETS:
-        for precision, options in (("fp16", {}), ("int4", {"block_size": 32}), ("bf16", {})):
+        for precision in ("fp16", "int4", "bf16"):
             made[target, precision] = root / f"{target}-{precision}"
-            chosen = ExportOptions(precision, target=target, max_tokens=256, **options)
+            chosen = ExportOptions(precision, target=target, max_tokens=256, block_size=32)
             export_bundle(pair.checkpoint, made[target, precision], chosen)
     return made
 
@@ -287,6 +288,54 @@ def test_weights_stream_into_int4_at_half_a_byte(bundles: dict[tuple[str, str], 
 
 
 # ---------------------------------------------------------------------- static int8
+
+
+STATIC = pytest.mark.skipif("static activations" not in CASES, reason="this reader knows no static activation scales")
+
+
+def _by_formula(x: np.ndarray, weight: np.ndarray, step: float) -> np.ndarray:
+    return np.clip(np.rint(x / step), -128, 127) * step @ weight.T
+
+
+@STATIC
+@pytest.mark.parametrize("target", TARGETS)
+def test_static_int8_is_rounded_with_the_checkpoints_scales(target: str, tmp_path: Path) -> None:
+    """Every int8 product of the decoder, from its own input, against the formula."""
+    written = write(tmp_path, **CASES["static activations"][1])
+    folder = tmp_path / target
+    export_bundle(written.folder, folder, ExportOptions(target=target, max_tokens=256))
+    assert Bundle.open(folder).precision == "vision fp16, decoder int8"
+    export_bundle(written.plain, tmp_path / f"{target}-plain", ExportOptions("fp32"))
+    assert cosine(_logits(folder)[0], _logits(tmp_path / f"{target}-plain")[0]) > 0.98
+    model, arrays = _arrays(folder)
+    assert dict(_stored(folder)).keys() == written.weights.keys()
+    producers = {o: n for n in model.graph.node for o in n.output}
+    rounds = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    assert len(rounds) == 2 * 4  # q/k/v share one, gate/up too
+    for node in rounds:
+        assert arrays[node.input[1]] == np.float16(0.0625) and arrays[node.input[2]] == np.int8(0)
+    for module, weight in written.weights.items():
+        product = next(
+            n
+            for n in model.graph.node
+            if n.op_type == "MatMul" and producers[n.input[1]].input[0].startswith(f"{module}.weight.trt8c")
+        )
+        x = np.random.default_rng(1).standard_normal((3, weight.shape[1])).astype(np.float16)
+        codes = producers[producers[product.input[0]].input[0]]
+        weights = producers[product.input[1]]
+        parts = [codes, producers[product.input[0]], weights, product]
+        names = {n for p in parts for n in p.input} & arrays.keys()
+        single = onnx.helper.make_graph(
+            parts,
+            "one",
+            [onnx.helper.make_tensor_value_info(codes.input[0], onnx.TensorProto.FLOAT16, x.shape)],
+            [onnx.helper.make_tensor_value_info(product.output[0], onnx.TensorProto.FLOAT16, (3, len(weight)))],
+            [i for i in model.graph.initializer if i.name in names],
+        )
+        made = onnx.helper.make_model(single, opset_imports=model.opset_import, ir_version=model.ir_version)
+        (got,) = onnx.reference.ReferenceEvaluator(made).run(None, {codes.input[0]: x})
+        expected = _by_formula(x.astype(np.float64), weight.astype(np.float64), 0.0625)
+        np.testing.assert_allclose(np.asarray(got), expected, atol=4e-3 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("precision", [{"precision": "int8"}, {"vision_precision": "int8"}])

@@ -118,7 +118,9 @@ def test_a_cache_of_another_capacity_than_the_graphs_is_told(specs: dict[str, Gr
 def test_bfloat16_rounds_as_ml_dtypes_does() -> None:
     random = np.random.default_rng(2)
     bits = random.integers(0, 2**32, 20_000, dtype=np.uint64).astype(np.uint32)
-    values = np.concatenate([bits.view(np.float32), np.float32([0, -0.0, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8])])
+    values = np.concatenate(
+        [bits.view(np.float32), np.array([0, -0.0, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8], np.float32)]
+    )
     with np.errstate(all="ignore"):
         expected = values.astype(ml_dtypes.bfloat16)
     got = as_dtype(values, "bfloat16").view(ml_dtypes.bfloat16)

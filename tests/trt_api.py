@@ -83,7 +83,7 @@ def used_names(source: str, variables: Mapping[str, str] = VARIABLES) -> set[tup
 def _asked(tree: ast.AST) -> set[str]:
     """Names that are asked for before they are used."""
     return {
-        node.args[1].value
+        str(node.args[1].value)
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)

@@ -1,17 +1,21 @@
-"""Checkpoints of true widths with few layers and a small vocabulary, written without torch: for TensorRT's builder."""
+"""Checkpoints for TensorRT's builder: true widths with few layers and a small vocabulary; static W8A8."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import torch
 from checkpoints import DEMO
+from safetensors.torch import load_file, save_file
 
 from edgevl.benchmarks.random_checkpoint import released_config
+from edgevl.calibration.formats import quantize_channels
 from edgevl.runtime.checkpoint import expected_shapes
 from edgevl.runtime.config import ModelConfig
 
@@ -47,4 +51,38 @@ def shaped_checkpoint(folder: Path, shape: str, layers: int = 1, vision_depth: i
                 part = window[:left]
                 f.write(part.tobytes())
                 left -= len(part)
+    return folder
+
+
+STATIC_LAYERS = re.compile(
+    r"(model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj|visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12]))\.weight"
+)
+
+
+def static_int8_checkpoint(folder: Path, step: float = 0.0625) -> Path:
+    """The demo model in W8A8 with one static scale for every activation, in the vision encoder too."""
+    shutil.copytree(DEMO, folder)
+    tensors = load_file(DEMO / "model.safetensors")
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if not STATIC_LAYERS.fullmatch(name):
+            out[name] = tensor
+            continue
+        q = quantize_channels(tensor.float().numpy())
+        module = name.removesuffix(".weight")
+        out[name] = torch.from_numpy(q.codes)
+        out[f"{module}.weight_scale"] = torch.from_numpy(q.scales[:, None])
+        out[f"{module}.input_scale"] = torch.tensor([step])
+    save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    said = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
     return folder
