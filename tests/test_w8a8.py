@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.errors import CheckpointError, EngineError, InputError
 
 CONFIG = ModelConfig.from_folder(DEMO)
-STATIC = replace(RECIPES["w8a8-static"], vision="int8-static")
+STATIC = recipe("w8a8-static", vision="int8-static")
 
 
 @pytest.fixture(scope="module")
@@ -482,6 +481,7 @@ def test_memory_is_that_of_one_block(samples: list[Sample], tmp_path: Path, monk
 def test_recipes_and_their_options() -> None:
     assert recipe("w8a8", alpha="auto").alpha is None
     assert recipe("w8a8-static", alpha="0.6").alpha == 0.6 and recipe("w8a8-static").activations == "tensor"
+    assert recipe("w8a8-static", vision="int8-static").vision_alpha == 0.7
     chosen = recipe("gptq-int4", 64, vision="int8", alpha="0.4")
     assert (chosen.group_size, chosen.vision, chosen.vision_alpha) == (64, "int8", 0.4)
     wrong_ones: tuple[tuple[dict[str, Any], str], ...] = (
