@@ -9,6 +9,7 @@ A sensor that is not there is said to be absent, with the reason; nothing is est
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
 import time
@@ -80,7 +81,8 @@ class EnergyMeter:
 
     def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL_S):
-            self._update()
+            with contextlib.suppress(OSError, ValueError):  # a sensor that is busy: the next reading makes up for it
+                self._update()
 
     def _update(self) -> None:
         with self._lock:

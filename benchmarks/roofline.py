@@ -65,8 +65,9 @@ def decode_bytes(bundle: Bundle, context: int) -> float:
     values of `context` tokens."""
     text, graph = bundle.model.text, bundle.graphs["decoder"]
     each = _WEIGHT_BYTES[graph.precision]
-    head_bits = int(bundle.options.get("head_bits", 8))
-    head = each if graph.precision in ("fp32", "fp16", "bf16") else head_bits / 8 + 4 / 128
+    head_bits = bundle.options.get("head_bits") or (8 if bundle.target in ("cpu", "cuda") else 16)
+    is_float = graph.precision in ("fp32", "fp16", "bf16")
+    head = each if is_float else 2.0 if head_bits == 16 else head_bits / 8 + 4 / 128
     past = graph.spec.input(graph.spec.cache[0][0])
     kv = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * np.dtype(past.dtype).itemsize
     return _layer_weights(bundle.model) * each + text.vocab_size * text.hidden_size * head + kv * context

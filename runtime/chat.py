@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgevl.runtime.errors import InputError
+from edgevl.runtime.errors import CapacityError, InputError
 from edgevl.runtime.prefix_cache import common_prefix
 from edgevl.runtime.results import Completion, Piece
 
@@ -109,10 +109,8 @@ class ChatSession:
         self, text: str, images: Sequence[Any] = (), videos: Sequence[Any] = (), **generation: Any
     ) -> Generator[Piece, None, Completion]:
         """Like `send`, piece by piece. A stream that is left before its end leaves the conversation as it was."""
-        started, config = time.perf_counter(), self._model.generation_config(**generation)
-        at = len(self.messages)
-        pictures = self._encode(images, videos, at, text, config)
-        return (yield from self._ask(at, text, pictures, config, started))
+        items = _items(images, videos)
+        return (yield from self._ask(len(self.messages), text, items, generation))
 
     def stream_edit(
         self,
@@ -126,35 +124,23 @@ class ChatSession:
         Raises:
             InputError: nothing was asked yet.
         """
-        started, last = time.perf_counter(), self._last_question()
+        last = self._last_question()
         if last is None:
             raise InputError("nothing was asked yet; there is no question to edit")
-        config = self._model.generation_config(**generation)
-        pictures = self._encode(images or (), videos or (), last, text, config)
+        items = _items(images or (), videos or ())
         if images is None and videos is None:
             content = self.messages[last]["content"]
-            pictures = [] if isinstance(content, str) else [i for i in content if i["type"] in _VISION]
-        return (yield from self._ask(last, text, pictures, config, started))
-
-    def _encode(
-        self, images: Sequence[Any], videos: Sequence[Any], at: int, text: str, config: GenerationConfig
-    ) -> list[dict[str, Any]]:
-        """Content items of a question in place of the messages from `at` on; kept encoded, for later turns. A video is
-        fitted to what the conversation leaves of the KV cache."""
-        content: list[dict[str, Any]] = [{"type": "image", "image": i} for i in images]
-        content += [{"type": "video", **(v if isinstance(v, dict) else {"video": v})} for v in videos]
-        if not content:
-            return []
-        question = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-        encoded = self._model.encode_vision([*self.messages[:at], question], config.max_new_tokens)[-len(content) :]
-        return [{"type": c["type"], c["type"]: e} for c, e in zip(content, encoded)]
+            items = [] if isinstance(content, str) else [i for i in content if i["type"] in _VISION]
+        return (yield from self._ask(last, text, items, generation))
 
     def _ask(
-        self, at: int, text: str, pictures: list[dict[str, Any]], config: GenerationConfig, started: float
+        self, at: int, text: str, items: list[dict[str, Any]], generation: dict[str, Any]
     ) -> Generator[Piece, None, Completion]:
         """Ask in place of the messages from `at` on."""
-        question = {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
-        history, prompt, dropped = self._fitting(self.messages[:at], question, config)
+        started, config = time.perf_counter(), self._model.generation_config(**generation)
+        words = {"type": "text", "text": text}
+        history, pictures, lost = self._encoded(self.messages[:at], [*items, words], config)
+        history, prompt, dropped = self._fitting(history, {"role": "user", "content": [*pictures, words]}, config)
         self._leave()
         store = self._writable()
         cached = min(common_prefix(store.identity, prompt.identity), len(prompt.ids) - 1)
@@ -176,12 +162,37 @@ class ChatSession:
             raise
         self._leave()
         done = stream.completion
-        question = {"role": "user", "content": [*map(_settled, pictures), {"type": "text", "text": text}]}
+        question = {"role": "user", "content": [*map(_settled, pictures), words]}
         answer = {"role": "assistant", "content": [{"type": "text", "text": done.text}]}
         self.messages = [*history, question, answer]
-        self.dropped_turns += dropped
+        self.dropped_turns += lost + dropped
         self._last = done
         return done
+
+    def _encoded(
+        self, history: list[dict[str, Any]], content: list[dict[str, Any]], config: GenerationConfig
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+        """The history that leaves room for the pictures and videos of `content`, these encoded, and how many turns
+        were dropped for it. A video is fitted to what the history leaves.
+
+        Raises:
+            CapacityError: a video does not fit, however small.
+        """
+        count = len(content) - 1
+        if not count:
+            return history, [], 0
+        dropped = 0
+        while True:
+            messages = [*history, {"role": "user", "content": content}]
+            try:
+                encoded = self._model.encode_vision(messages, config.max_new_tokens)[-count:]
+            except CapacityError:
+                shorter = _without_oldest_turn(history) if self._on_full == "drop-oldest-turn" else None
+                if shorter is None:
+                    raise
+                history, dropped = shorter, dropped + 1
+            else:
+                return history, [{"type": i["type"], i["type"]: e} for i, e in zip(content, encoded)], dropped
 
     def _fitting(
         self, history: list[dict[str, Any]], question: dict[str, Any], config: GenerationConfig
@@ -240,6 +251,12 @@ def _without_oldest_turn(history: list[dict[str, Any]]) -> list[dict[str, Any]] 
     if not places:
         return None
     return [*history[: places[0]], *(history[places[1] :] if len(places) > 1 else [])]
+
+
+def _items(images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
+    """Content items of a message, pictures first."""
+    items: list[dict[str, Any]] = [{"type": "image", "image": i} for i in images]
+    return [*items, *({"type": "video", **(v if isinstance(v, dict) else {"video": v})} for v in videos)]
 
 
 def _settled(item: dict[str, Any]) -> dict[str, Any]:

@@ -170,7 +170,9 @@ def test_generate_takes_the_budget(model: VisionLanguageModel, tmp_path: Path) -
     small = model.generate(messages, ttft_budget_s=0.12, profile=tmp_path / "p.json", max_new_tokens=2)
     large = model.generate(messages, max_new_tokens=2)
     assert 0 < small.usage.image_tokens < large.usage.image_tokens
-    assert model.generate(messages, ttft_budget_s=0.12, profile=profile, max_new_tokens=2).usage == small.usage
+    # What is chosen depends on how much of the budget has gone by then, so the sizes may differ a little.
+    again = model.generate(messages, ttft_budget_s=0.12, profile=profile, max_new_tokens=2)
+    assert 0 < again.usage.image_tokens < large.usage.image_tokens
 
 
 # --------------------------------------------------------------------------------------------------- the file

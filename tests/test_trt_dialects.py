@@ -367,7 +367,7 @@ def test_wrong_options_are_told(pair: Pair, tmp_path: Path, options: dict[str, A
 
 
 def test_an_unknown_target_is_told(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="target 'tpu' is not supported by this version; expected cpu, tensorrt"):
+    with pytest.raises(InputError, match="target 'tpu' is not supported by this version; expected cpu, cuda, tensorrt"):
         export_bundle(pair.checkpoint, tmp_path / "b", ExportOptions(target="tpu"))
 
 

@@ -307,6 +307,23 @@ def test_full_refuses_with_numbers(room: Room, tiny: Pair) -> None:
         expect(room, [second], chat.send("And this?", **split(SECOND["one"]), **GREEDY))
 
 
+def test_a_video_that_does_not_fit_drops_turns_too(room: Room, tiny: Pair) -> None:
+    """It is fitted to what the conversation leaves; where that is nothing, the conversation gives way."""
+    history = first_turn(room, "two equal")
+    text = sizes(room.models["whole"], [*history, user("And this?")])
+    with VisionLanguageModel.open(tiny.bundle, "ort-cpu", threads=1, capacity=text + 5) as model:
+        chat = model.chat(on_full="drop-oldest-turn")
+        chat.send("Read it.", **split(FIRST["two equal"]), **GREEDY)
+        done = chat.send("And this?", **split(SECOND["video"]), **GREEDY)
+        expect(room, [user("And this?", SECOND["video"])], done)
+        assert chat.dropped_turns == 1 and len(chat.messages) == 2
+        refusing = model.chat()
+        refusing.send("Read it.", **split(FIRST["two equal"]), **GREEDY)
+        with pytest.raises(CapacityError):
+            refusing.send("And this?", **split(SECOND["video"]), **GREEDY)
+        assert len(refusing.messages) == 2
+
+
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_full_drops_the_oldest_turn(room: Room, tiny: Pair, system: str | None) -> None:
     """The answer is the reference's to the shortened conversation: system prompt kept, positions its own."""
@@ -314,9 +331,9 @@ def test_full_drops_the_oldest_turn(room: Room, tiny: Pair, system: str | None) 
     with VisionLanguageModel.open(tiny.bundle, "ort-cpu", threads=1, capacity=170) as model:
         chat = model.chat(system, on_full="drop-oldest-turn")
         turns: list[dict[str, Any]] = []
-        for number, shown in enumerate([FIRST["one"], SECOND["video"], OTHER["two equal"], [], FIRST["one"]]):
+        for number, shown in enumerate([FIRST["one"], SECOND["two equal"], OTHER["two equal"], [], FIRST["one"]]):
             asked = user(f"Number {number}?", shown)
-            while turns and sizes(model, [*head, *turns, asked]) + GREEDY["max_new_tokens"] - 1 > 170:
+            while turns and sizes(room.models["whole"], [*head, *turns, asked]) + GREEDY["max_new_tokens"] - 1 > 170:
                 del turns[:2]
             done = chat.send(f"Number {number}?", **split(shown), **GREEDY)
             expect(room, [*head, *turns, asked], done)
