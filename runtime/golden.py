@@ -54,10 +54,11 @@ STAGES = ("preprocessing", "prompt", "positions", "vision", "prefill", "decode",
 # hybrid): fp32 1 - 1e-12; fp16 0.999999; int8 vision 0.9988 and 0.9997, decoder 0.9985 and 0.996; int4 0.98 and 0.93,
 # down to 0.84 in a random model 64 wide. A kernel that reads 4-bit weights wrongly (nibbles, zero points, scales)
 # gives under 0.7 in some case. What these floors may not see is one dead feed-forward layer among good ones (the demo
-# keeps 0.87 to 0.995 without it): for that a bundle keeps what its exporting host saw (golden_seen.py).
+# keeps 0.87 to 0.995 without it): for that a bundle keeps what its exporting host saw (golden_seen.py). bf16 was not run
+# yet.
 COSINE_FLOORS = {
-    "vision": {"fp32": 0.99999, "fp16": 0.999, "int8": 0.98},
-    "decoder": {"fp32": 0.99999, "fp16": 0.999, "int8": 0.98, "int8-weights": 0.98, "int4": 0.8},
+    "vision": {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99, "int8": 0.98},
+    "decoder": {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99, "int8": 0.98, "int8-weights": 0.98, "int4": 0.8},
 }
 # The same where keys and values are int8 codes: seen over fp32 weights 0.9999 (demo model) and 0.9995 (random).
 INT8_CACHE_FLOOR = 0.995
@@ -263,7 +264,7 @@ class _Replay:
         general = floors[graph.precision]
         if graph.spec.quantized_cache:
             general = min(general, INT8_CACHE_FLOOR)
-        return general if self._seen is None else self._seen.floor(case.name, stage, general)
+        return general if self._seen is None else self._seen.floor(case.name, stage, general, self.engine.name)
 
 
 def _check_fits(bundle: Bundle, name: str, case: GoldenCase) -> None:

@@ -25,6 +25,8 @@ _FORMAT = 1
 # Times the error seen on the exporting host. Integer kernels agree but for ties; float sums in another order move the
 # error of a stage by some tens of percent.
 FACTOR = 3
+# Another engine's kernels may round other things (activations, sums in half precision).
+OTHER_ENGINE = 10
 # Of the room below 1 that the general floor leaves, always granted: where nothing was seen there is no multiple of it.
 SLACK = 0.01
 
@@ -58,12 +60,14 @@ class SeenErrors:
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
             raise BundleError(f"{path}: malformed ({e}); export the bundle again") from None
 
-    def floor(self, case: str, stage: str, general: float) -> float:
-        """Least cosine of a stage: three times the error seen, but never below the `general` floor."""
+    def floor(self, case: str, stage: str, general: float, engine: str) -> float:
+        """Least cosine of a stage: three times the error seen (ten times on another engine than saw it), but never
+        below the `general` floor."""
         seen = self.cosines.get(case, {}).get(stage)
         if seen is None:
             return general
-        return max(general, 1 - FACTOR * max(0.0, 1 - seen) - SLACK * (1 - general))
+        factor = FACTOR if engine == self.engine else OTHER_ENGINE
+        return max(general, 1 - factor * max(0.0, 1 - seen) - SLACK * (1 - general))
 
 
 def record_seen(folder: Path, report: VerifyReport) -> None:

@@ -72,8 +72,10 @@ def test_thresholds_are_three_times_the_error_seen(bundles, tmp_path):
 @pytest.mark.parametrize(("cosine", "floor"), [(0.99, 0.968), (0.9, 0.8), (1.0, 0.998), (1.0000001, 0.998)])
 def test_the_floor_by_hand(cosine, floor):
     seen = SeenErrors("ort-cpu", "1", {"text": {"prefill": cosine}})
-    assert seen.floor("text", "prefill", 0.8) == pytest.approx(floor)
-    assert seen.floor("text", "decode", 0.8) == 0.8 and seen.floor("video", "prefill", 0.8) == 0.8
+    assert seen.floor("text", "prefill", 0.8, "ort-cpu") == pytest.approx(floor)
+    other = max(0.8, 1 - 10 * max(0, 1 - cosine) - 0.002)
+    assert seen.floor("text", "prefill", 0.8, "tensorrt") == pytest.approx(other)
+    assert seen.floor("text", "decode", 0.8, "ort-cpu") == seen.floor("video", "prefill", 0.8, "ort-cpu") == 0.8
 
 
 def test_the_command_line_records_it_and_a_new_reference_replaces_it(bundles, tmp_path):

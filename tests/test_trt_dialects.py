@@ -18,10 +18,12 @@ from test_export import _logits, cosine
 
 from edgevl.calibration.formats import dequantize_blocks, quantize_blocks
 from edgevl.export.exporter import ExportOptions, export_bundle
+from edgevl.export.targets import TARGETS as TARGETS_BY_NAME
 from edgevl.export.trt_weights import pack_int4
 from edgevl.runtime.bundle import Bundle, FileEntry
 from edgevl.runtime.errors import CapacityError, CheckpointError, EngineError, InputError
 from edgevl.runtime.generation import VisionLanguageModel
+from edgevl.runtime.golden import COSINE_FLOORS
 from edgevl.runtime.graph_spec import APPENDED, IN_PLACE
 
 TARGETS = ("tensorrt", "jetpack6")
@@ -419,3 +421,10 @@ def test_verify_runs_the_same_file(bundles: dict[tuple[str, str], Path], pair: P
         report = replay(Bundle.open(folder), "ort-cpu", threads=2)
         assert report.passed, report.first_drift
         assert {r.stage for r in report.results} >= {"vision", "prefill", "decode", "tokens"}
+
+
+def test_every_precision_has_a_floor() -> None:
+    """A bundle of any precision can be verified on its device."""
+    for target in TARGETS_BY_NAME.values():
+        assert set(target.vision_precisions) <= set(COSINE_FLOORS["vision"])
+        assert set(target.decoder_precisions) - {"hybrid"} <= set(COSINE_FLOORS["decoder"])
