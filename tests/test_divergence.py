@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from edgevl.calibration.dataset import SampleSource
 from edgevl.runtime.tokenizer import Tokenizer
 
 
-def conversations() -> list[list[dict[str, object]]]:
+def conversations() -> list[list[dict[str, Any]]]:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8))
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]
     answer = {"role": "assistant", "content": "A picture of noise."}
