@@ -25,9 +25,9 @@ class CacheWatch:
     """A watcher that measures one layer's cache.
 
     The rotary turns a key's channels i and i + head_dim / 2 into each other as positions grow, and prompts at run time
-    are longer than samples: what counts is the largest that a key becomes at any position up to `reach`. That is the
-    pair's length where the frequency is high; where it is so low that the pair hardly turns, each channel keeps a range
-    of its own (a third of the divergence of SmolLM2's keys hangs on it).
+    are longer than samples: what counts is the largest that a key becomes at any position up to `REACH`. Maxima as seen
+    look better on short prompts and ruin long ones (SmolLM2, KL at positions 0 and 3000: 0.0015 and 0.97, these 0.0028
+    and 0.0027).
     """
 
     def __init__(self, config: TextConfig, name: str) -> None:
