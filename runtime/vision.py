@@ -105,7 +105,8 @@ class VisionStage:
                 "rotary_sin": np.broadcast_to(sin, (len(frames), *sin.shape)),
             }
             parts.append(self._graph.run({"patches": frames, **rows})["image_embeds"])
-        embeds = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.float32, copy=False)
+        # A copy of its own: what lies in the engine's arena would keep the whole region of a picture's activations.
+        embeds = np.concatenate(parts).astype(np.float32, copy=False)
         if not np.isfinite(embeds).all():
             raise EngineError(
                 "the vision encoder gave NaN or infinity; float16 overflows on some pictures: "
