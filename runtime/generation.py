@@ -38,7 +38,7 @@ from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, lo
 from edgevl.runtime.results import Completion, Piece
 from edgevl.runtime.row import Row
 from edgevl.runtime.sampling import GenerationConfig
-from edgevl.runtime.tokenizer import GROUNDING_TOKENS, Tokenizer
+from edgevl.runtime.tokenizer import GROUNDING_TOKENS, POINT_TOKENS, Tokenizer
 from edgevl.runtime.ttft import PixelChoice, choose_pixels
 from edgevl.runtime.vision import EncodedImage, VisionStage
 
@@ -116,7 +116,7 @@ class VisionLanguageModel:
         self.tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
         # Grounding tokens in messages stay tokens: users refer to boxes with them, and earlier answers hold them.
         template = load_chat_template(bundle.folder)
-        self._builder = PromptBuilder(self.tokenizer, template, self.config, trusted=GROUNDING_TOKENS)
+        self._builder = PromptBuilder(self.tokenizer, template, self.config, trusted=(*GROUNDING_TOKENS, *POINT_TOKENS))
         for name, value in (("image_cache_mb", image_cache_mb), ("prefix_cache_mb", prefix_cache_mb)):
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} is {value}, expected 0 (off) or more megabytes")
@@ -125,7 +125,7 @@ class VisionLanguageModel:
         self._admission = Admission(bundle, engine.name, prefill_chunk, memory_limit)
         admit = self._admission.picture
         self._vision = VisionStage(engine.vision, self.config, bundle.image_processor, self.image_cache, admit)
-        ids = (self.tokenizer.token_to_id(t) for t in GROUNDING_TOKENS)
+        ids = (self.tokenizer.token_to_id(t) for t in (*GROUNDING_TOKENS, *POINT_TOKENS))
         self._grounding_ids = frozenset(i for i in ids if i is not None)
         self._guides = GuideCompiler(self.tokenizer, self.config.text.vocab_size, self.config.tokens.eos_token_ids)
 

@@ -53,9 +53,9 @@ STAGES = ("preprocessing", "prompt", "positions", "vision", "prefill", "decode",
 # (a hybrid bundle: prefill as int8, decode as int4). Seen where all is well (demo model; 2B shapes with random weights,
 # hybrid): fp32 1 - 1e-12; fp16 0.999999; int8 vision 0.9988 and 0.9997, decoder 0.9985 and 0.996; int4 0.98 and 0.93,
 # down to 0.84 in a random model 64 wide. A kernel that reads 4-bit weights wrongly (nibbles, zero points, scales)
-# gives under 0.7 in some case. What these floors may not see is one dead feed-forward layer among good ones (the demo
-# keeps 0.87 to 0.995 without it): for that a bundle keeps what its exporting host saw (golden_seen.py). bf16 was not run
-# yet.
+# gives under 0.7 in some case. bf16 was not run yet. What these floors may not see is one dead feed-forward layer among
+# good ones (the demo keeps 0.87 to 0.995 without it): for that a bundle keeps what its exporting host saw
+# (golden_seen.py).
 COSINE_FLOORS = {
     "vision": {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99, "int8": 0.98},
     "decoder": {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.99, "int8": 0.98, "int8-weights": 0.98, "int4": 0.8},

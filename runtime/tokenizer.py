@@ -16,7 +16,7 @@ import tokenizers
 
 from edgevl.runtime.errors import CheckpointError, InputError
 
-__all__ = ["GROUNDING_TOKENS", "IncrementalDetokenizer", "Tokenizer"]
+__all__ = ["GROUNDING_TOKENS", "POINT_TOKENS", "IncrementalDetokenizer", "Tokenizer"]
 
 # The specials that carry an answer's boxes: shown to the parser where the others are dropped.
 GROUNDING_TOKENS = (
@@ -26,9 +26,9 @@ GROUNDING_TOKENS = (
     "<|box_end|>",
     "<|quad_start|>",
     "<|quad_end|>",
-    "<|point_start|>",
-    "<|point_end|>",
 )
+# Not in Qwen2-VL's own vocabulary; fine-tuned checkpoints add them for points.
+POINT_TOKENS = ("<|point_start|>", "<|point_end|>")
 
 # Qwen2's pre-tokenizer: contractions, words with one leading mark, single digits, marks, line ends, spaces.
 _QWEN2_SPLIT = (

@@ -190,7 +190,8 @@ class VisionStage:
             parts.append(self._graph.run({"patches": frames, **rows})["image_embeds"])
         embeds = join_rows(parts)
         if isinstance(embeds, np.ndarray):
-            embeds = embeds.astype(np.float32, copy=False)
+            # A copy of its own: what lies in the engine's arena would keep the whole region of a picture's activations.
+            embeds = np.array(embeds, np.float32)
         # Of a tensor on a device this is a copy; the tensor itself stays there.
         if not np.isfinite(np.asarray(embeds)).all():
             raise EngineError(

@@ -41,6 +41,9 @@ def synthetic(bundle: Bundle, machine: Machine = HERE, speed: float = 1.0, noise
     return Profile(bundle_id(bundle), machine, tuple(picture), tuple(vision), tuple(prefill))
 
 
+SLOW = 100.0  # the real time that loading takes counts too: on so slow a machine it is nothing
+
+
 def cost_picture(source: float, resized: float) -> float:
     return 1e-3 + 2e-9 * source + 1e-8 * resized
 
@@ -119,15 +122,15 @@ def promised(model: VisionLanguageModel, messages: list[dict[str, Any]]) -> floa
     for image in prompt.images:
         w, h = image.original_size
         total += cost_picture(w * h, image.resized_size[0] * image.resized_size[1]) + cost_vision(image.grid.patches)
-    return total
+    return SLOW * total
 
 
-@pytest.mark.parametrize("budget", [0.12, 0.2, 0.35])
+@pytest.mark.parametrize("budget", [12.0, 20.0, 35.0])
 @pytest.mark.parametrize("sizes", [[(900, 600)], [(400, 300), (1200, 1100)], [(2000, 200)]])
 def test_the_largest_pictures_within_the_budget(
     model: VisionLanguageModel, budget: float, sizes: list[tuple[int, int]]
 ) -> None:
-    profile = synthetic(model.bundle)
+    profile = synthetic(model.bundle, speed=SLOW)
     messages = ask(*(Image.new("RGB", s) for s in sizes))
     started = time.perf_counter()
     choice = model.choose_pixels(messages, budget, profile, started)
@@ -140,7 +143,7 @@ def test_the_largest_pictures_within_the_budget(
     more[0] = {**more[0], "content": [i | {"max_pixels": round(choice.max_pixels * 1.3)} if "image" in i else i
                                       for i in more[0]["content"]]}  # fmt: skip
     whole = choice.max_pixels >= model.bundle.image_processor.max_pixels
-    assert whole or promised(model, more) > budget - spent - 0.02
+    assert whole or promised(model, more) > budget - spent - 2
 
 
 def test_a_generous_budget_enlarges_nothing(model: VisionLanguageModel) -> None:
@@ -164,15 +167,14 @@ def test_encoded_pictures_cost_their_tokens_only(model: VisionLanguageModel) -> 
 
 
 def test_generate_takes_the_budget(model: VisionLanguageModel, tmp_path: Path) -> None:
-    profile = synthetic(model.bundle, machine_of(model.engine))
+    profile = synthetic(model.bundle, machine_of(model.engine), speed=SLOW)
     profile.save(tmp_path / "p.json")
     messages = ask(Image.new("RGB", (600, 600)))
-    small = model.generate(messages, ttft_budget_s=0.12, profile=tmp_path / "p.json", max_new_tokens=2)
+    small = model.generate(messages, ttft_budget_s=12, profile=tmp_path / "p.json", max_new_tokens=2)
+    same = model.generate(messages, ttft_budget_s=12, profile=profile, max_new_tokens=2)
     large = model.generate(messages, max_new_tokens=2)
     assert 0 < small.usage.image_tokens < large.usage.image_tokens
-    # What is chosen depends on how much of the budget has gone by then, so the sizes may differ a little.
-    again = model.generate(messages, ttft_budget_s=0.12, profile=profile, max_new_tokens=2)
-    assert 0 < again.usage.image_tokens < large.usage.image_tokens
+    assert abs(same.usage.image_tokens - small.usage.image_tokens) <= 15  # at most a row of tiles: loading took longer
 
 
 # --------------------------------------------------------------------------------------------------- the file
