@@ -259,7 +259,7 @@ def _write(
         target=options.target,
         precision=_precision_name(plan),
         max_tokens=plan.max_tokens,
-        requires={"onnxruntime": LEAST_ONNXRUNTIME_INT8_CACHE if plan.decoder[0].cache else LEAST_ONNXRUNTIME},
+        requires={"onnxruntime": _least_onnxruntime(plan)},
         graphs=graphs,
         files=files,
         edgevl_version=importlib.metadata.version("edgevl"),
@@ -270,6 +270,11 @@ def _write(
             "source_quantization": checkpoint.describe_quantization(),
         },
     )
+
+
+def _least_onnxruntime(plan: _Plan) -> str:
+    first = plan.decoder[0]
+    return LEAST_ONNXRUNTIME_INT8_CACHE[first.dtype] if first.cache == "int8" else LEAST_ONNXRUNTIME
 
 
 def _precision_name(plan: _Plan) -> str:
