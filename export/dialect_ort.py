@@ -27,7 +27,8 @@ __all__ = ["LEAST_ONNXRUNTIME", "LEAST_ONNXRUNTIME_INT8_CACHE", "OrtDialect"]
 OPSET = 23  # RotaryEmbedding and RMSNormalization
 IR_VERSION = 11
 LEAST_ONNXRUNTIME = "1.23"
-LEAST_ONNXRUNTIME_INT8_CACHE = "1.27"  # 1.26 loads such a graph and fails as it runs
+# By the dtype of the graph; the release before each loads such a graph and fails as it runs.
+LEAST_ONNXRUNTIME_INT8_CACHE = {"float32": "1.27", "float16": "1.29"}
 _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations rounded to int8 per row and block in the kernel
 _TINY = np.array(1e-30, np.float32)  # an all-zero row divided by its largest entry would be NaN
 

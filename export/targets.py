@@ -73,8 +73,9 @@ class Target:
     def engines(self, *precisions: Precision) -> dict[str, str]:
         """Engine package -> least version that runs graphs of these precisions."""
         found = dict(self.requires)
-        if any(p.cache == "int8" for p in precisions):
-            found["onnxruntime"] = LEAST_ONNXRUNTIME_INT8_CACHE
+        for precision in precisions:
+            if precision.cache == "int8":
+                found["onnxruntime"] = LEAST_ONNXRUNTIME_INT8_CACHE[precision.dtype]
         if self.cache_update is not None and any(p.dtype == "bfloat16" for p in precisions):
             del found["onnxruntime"]  # its CPU kernels know no bfloat16
         return found

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import DEMO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
@@ -22,6 +22,7 @@ from edgevl.runtime.grounding import Box, Point, parse_boxes, parse_grounding, s
 from edgevl.runtime.image_loading import load_image
 from edgevl.tasks import TASKS
 
+DEMO = Path(__file__).parents[1] / "demo" / "model"  # not from checkpoints.py, which needs torch
 REF, END_REF, BOX, END_BOX = "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"
 TOKENS = [REF, END_REF, BOX, END_BOX, "<|quad_start|>", "<|quad_end|>"]
 

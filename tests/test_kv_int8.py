@@ -265,6 +265,8 @@ def test_every_precision_takes_it(tmp_path: Path, calibrated: Path, precision: s
             decoder.prefill(0, ids, positions)
             rows.append(np.concatenate([decoder.step(np.array([t]), np.array([70 + t])) for t in range(4)]))
             assert ("KV cache int8" in opened.bundle.precision) == (kind == "int8")
+            least = {"float": "1.23", "int8": "1.29" if precision == "fp16" else "1.27"}[kind]
+            assert opened.bundle.requires == {"onnxruntime": least}
     a, b = rows
     assert np.abs(a - b).max() > 0 and (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b) > 0.999
 
