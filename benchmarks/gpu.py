@@ -26,7 +26,7 @@ import click
 from tabulate import tabulate
 from tqdm import tqdm
 
-from edgevl.benchmarks.latency import Workload, _messages, _spread
+from edgevl.benchmarks.latency import TokenClock, Workload, messages_for, spread
 from edgevl.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
 from edgevl.runtime.bundle import MANIFEST, Bundle
 from edgevl.runtime.doctor import machine
@@ -82,7 +82,7 @@ def _measure_engine(contender: Contender, work: Workload) -> dict[str, list[floa
     options = GpuOptions(cuda_graph=contender.cuda_graph)
     with VisionLanguageModel.open(contender.path, contender.kind, gpu=options, image_cache_mb=0) as model:
         opened = time.perf_counter() - started
-        messages = _messages(model, work, work.picture(0))
+        messages = messages_for(model, work, work.picture(0))
         timings = []
         for i in range(work.requests + 2):  # two to warm up: shapes, then captures
             messages[-1]["content"][0]["image"] = work.picture(i)
@@ -97,22 +97,6 @@ def _measure_engine(contender: Contender, work: Workload) -> dict[str, list[floa
         "decode_tokens_per_s": [t.tokens_per_s for t in timings],
         "gpu_mb": [] if used is None else [used / 1e6],
     }
-
-
-class _Clock:
-    """A transformers streamer that keeps when every token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self._prompt_seen = False
-
-    def put(self, value: Any) -> None:
-        if self._prompt_seen:
-            self.times.append(time.perf_counter())
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
 
 
 def _measure_peer(contender: Contender, work: Workload, ids: list[int]) -> dict[str, list[float]]:
@@ -137,7 +121,7 @@ def _measure_peer(contender: Contender, work: Workload, ids: list[int]) -> dict[
     processor = ImageProcessorConfig.from_folder(contender.path)
     prompt = torch.tensor([ids], device=device)
     for i in range(work.requests + 2):
-        clock, began = _Clock(), time.perf_counter()
+        clock, began = TokenClock(), time.perf_counter()
         done = preprocess_image(work.picture(i), processor)
         pixels = torch.from_numpy(done.pixel_values).to(device, torch.bfloat16)
         grid = torch.tensor([[done.grid.t, done.grid.h, done.grid.w]], device=device)
@@ -186,7 +170,7 @@ def prompt_ids(bundle: str, work_json: str) -> None:
 
     work = Workload(**{**json.loads(work_json), "cores": ()})
     model = VisionLanguageModel.open(bundle)
-    messages = _messages(model, work, work.picture(0))
+    messages = messages_for(model, work, work.picture(0))
     sys.stdout.write(json.dumps(model.prepare(messages).ids.tolist()) + "\n")
 
 
@@ -249,7 +233,7 @@ def summary(figures: Sequence[Figures], sizes: Sequence[str]) -> str:
         rows = []
         for name in dict.fromkeys(f.contender for f in figures):
             pooled = [f.measured for f in figures if (f.contender, f.size) == (name, size)]
-            rows.append([name, *(_spread([v for m in pooled for v in m.get(metric, [])]) for metric in METRICS)])
+            rows.append([name, *(spread([v for m in pooled for v in m.get(metric, [])]) for metric in METRICS)])
         tables.append(f"{size}\n\n{tabulate(rows, headers=headers, tablefmt='github', disable_numparse=True)}")
     return "\n\n".join(tables)
 

@@ -30,7 +30,7 @@ from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.doctor import cpu_flags, cpu_model, machine, peak_rss_bytes
 from edgevl.runtime.errors import EdgeVLError
 
-__all__ = ["Workload", "main"]
+__all__ = ["TokenClock", "Workload", "main", "messages_for", "spread"]
 
 METRICS = ("open_s", "vision_s", "prefill_s", "ttft_s", "decode_tokens_per_s", "peak_mb")
 
@@ -64,7 +64,7 @@ class Result:
 # ---------------------------------------------------------------------- inside a process
 
 
-def _messages(model: Any, work: Workload, picture: Image.Image) -> list[dict[str, Any]]:
+def messages_for(model: Any, work: Workload, picture: Image.Image) -> list[dict[str, Any]]:
     """A question about `picture` whose prompt has exactly `prompt_tokens` tokens."""
 
     def messages(image: Any, words: int) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ def _measure_bundle(path: str, work: Workload) -> Result:
     opened = time.perf_counter() - started
     result = Result(Path(path).name, {"onnxruntime": machine().get("onnxruntime", "")}, {"open_s": [opened]})
     rows: list[Any] = []
-    messages = _messages(model, work, work.picture(0))
+    messages = messages_for(model, work, work.picture(0))
     for i in range(work.requests + 1):
         messages[-1]["content"][0]["image"] = work.picture(i)
         rows.append(model.generate(messages, max_new_tokens=work.new_tokens, eos_token_ids=(-1,)).timings)
@@ -108,7 +108,7 @@ def _measure_bundle(path: str, work: Workload) -> Result:
     return result
 
 
-class _TokenClock:
+class TokenClock:
     """A transformers streamer that keeps when every token came."""
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ def _measure_transformers(checkpoint: str, bundle: str, work: Workload) -> Resul
     result.measured["decode_tokens_per_s"] = []
     processor = ImageProcessorConfig.from_folder(checkpoint)
     for i in range(work.requests + 1):
-        clock, began = _TokenClock(), time.perf_counter()
+        clock, began = TokenClock(), time.perf_counter()
         done = preprocess_image(work.picture(i), processor)
         pixels = torch.from_numpy(done.pixel_values).to(torch.bfloat16)
         grid = torch.tensor([[done.grid.t, done.grid.h, done.grid.w]])
@@ -179,7 +179,7 @@ def _print_ids(bundle: str, work_json: str) -> None:
 
     work = _workload(work_json)
     model = VisionLanguageModel.open(bundle, "ort-cpu", threads=work.threads)
-    messages = _messages(model, work, work.picture(0))
+    messages = messages_for(model, work, work.picture(0))
     sys.stdout.write(json.dumps(model.prepare(messages).ids.tolist()))
 
 
@@ -220,7 +220,7 @@ def run_rounds(contenders: list[tuple[str, str]], bundle: str, work: Workload, r
     return results
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
     if not values:
         return ""
     middle = statistics.median(values)
@@ -234,7 +234,7 @@ def summary(results: list[list[Result]], baseline: int | None) -> str:
     rows = []
     for rounds in results:
         pooled = {m: [v for r in rounds for v in r.measured.get(m, [])] for m in METRICS}
-        rows.append([rounds[0].contender, *(_spread(pooled[m]) for m in METRICS)])
+        rows.append([rounds[0].contender, *(spread(pooled[m]) for m in METRICS)])
     table = tabulate(rows, headers=headers, tablefmt="github")
     if baseline is None:
         return table
@@ -243,7 +243,7 @@ def summary(results: list[list[Result]], baseline: int | None) -> str:
         cells = [rounds[0].contender]
         for metric in METRICS:
             pairs = [(r.measured.get(metric), b.measured.get(metric)) for r, b in zip(rounds, results[baseline])]
-            cells.append(_spread([statistics.median(a) / statistics.median(b) for a, b in pairs if a and b]))
+            cells.append(spread([statistics.median(a) / statistics.median(b) for a, b in pairs if a and b]))
         rows.append(cells)
     name = results[baseline][0].contender
     return f"{table}\n\nratio to {name}\n\n{tabulate(rows, headers=headers, tablefmt='github')}"

@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgevl.export.dialect_ort import OrtDialect
+from edgevl.export.dialect_ort import OrtDialect, nbits_attributes
 from edgevl.export.graph import MICROSOFT, DataFile
 from edgevl.export.precision import Precision
 from edgevl.export.weights import BlockWeights
@@ -106,12 +106,7 @@ class CudaDialect(OrtDialect):
     def _matmul_nbits(self, x: ir.Value, weight: BlockWeights, bias: ir.Value | None) -> ir.Value:
         if weight.order is not None:
             x = self._columns(x, weight.order)
-        attributes = {
-            "K": weight.shape[1],
-            "N": weight.shape[0],
-            "bits": weight.format.bits,
-            "block_size": weight.format.block_size,
-        }
+        attributes = nbits_attributes(weight)
         inputs = [x, weight.codes, weight.scales]
         if weight.zero_points is not None:
             inputs.append(weight.zero_points)

@@ -22,7 +22,7 @@ from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.graph_spec import CACHE_KEY, CACHE_VALUE, GraphSpec
 
-__all__ = ["LEAST_ONNXRUNTIME", "LEAST_ONNXRUNTIME_INT8_CACHE", "OrtDialect"]
+__all__ = ["LEAST_ONNXRUNTIME", "LEAST_ONNXRUNTIME_INT8_CACHE", "OrtDialect", "nbits_attributes"]
 
 OPSET = 23  # RotaryEmbedding and RMSNormalization
 IR_VERSION = 11
@@ -164,13 +164,7 @@ class OrtDialect:
     def _matmul_nbits(self, x: ir.Value, weight: BlockWeights, bias: ir.Value | None) -> ir.Value:
         if weight.order is not None:
             x = self._columns(x, weight.order)
-        attributes = {
-            "K": weight.shape[1],
-            "N": weight.shape[0],
-            "bits": weight.format.bits,
-            "block_size": weight.format.block_size,
-            "accuracy_level": _INT8_ACTIVATIONS,
-        }
+        attributes = {**nbits_attributes(weight), "accuracy_level": _INT8_ACTIVATIONS}
         inputs = [x, weight.codes, weight.scales, weight.zero_points, None, bias]
         while inputs[-1] is None:
             inputs.pop()
@@ -243,3 +237,9 @@ class OrtDialect:
         q, k = self._rotate(q, vision.num_heads), self._rotate(k, vision.num_heads)
         attributes = {"num_heads": vision.num_heads, "scale": vision.head_dim**-0.5}
         return self.builder.op("MultiHeadAttention", [q, k, v], attributes, domain=MICROSOFT)
+
+
+def nbits_attributes(weight: BlockWeights) -> dict[str, int]:
+    """What MatMulNBits is told of a weight [N, K] in blocks, on every provider."""
+    rows, columns = weight.shape
+    return {"K": columns, "N": rows, "bits": weight.format.bits, "block_size": weight.format.block_size}

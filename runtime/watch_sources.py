@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -48,14 +49,14 @@ class Frame:
     name: str | None = None
 
 
-class Source:
+class Source(ABC):
     """`live`: it goes on whether or not its frames are looked at."""
 
     live = False
 
+    @abstractmethod
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         """Frames until the source ends or `stop` is set."""
-        raise NotImplementedError
 
 
 class FileSource(Source):

@@ -42,7 +42,7 @@ def test_prompts_have_the_promised_length(tiny: Pair) -> None:
     with tiny.open() as model:
         for tokens in (40, 41, 77):
             work = Workload(84, 56, prompt_tokens=tokens)
-            assert len(model.prepare(latency._messages(model, work, work.picture(0))).ids) == tokens
+            assert len(model.prepare(latency.messages_for(model, work, work.picture(0))).ids) == tokens
 
 
 def test_a_prompt_that_cannot_be_so_short(tiny: Pair) -> None:
