@@ -1,0 +1,88 @@
+"""What a peer's module has to offer, and what is asked of it.
+
+A module `edgevl.benchmarks.peers.<name>` defines
+
+    REQUIREMENTS  what pip installs into its environment (versions pinned)
+    VARIANTS      {variant: one line that says what it is: precision of decoder and vision, settings}
+    prepare(checkpoint, folder, variant)   converts the checkpoint; may take minutes and use other processes
+    open_model(folder, variant, threads)   a Contender; runs in a fresh process, whose memory is measured
+
+and imports nothing but the standard library, numpy, Pillow and what REQUIREMENTS names, each where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+__all__ = ["Answer", "Contender", "Measured", "PeerModule", "Request", "Unsupported"]
+
+
+class Unsupported(Exception):
+    """This peer cannot do what was asked; the message says why and goes into the table."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """pictures: JPEG bytes, none of which was asked before. text: the question. system: the system prompt."""
+
+    pictures: tuple[bytes, ...]
+    text: str
+    system: str = "a"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request took, in seconds since `answer` was called.
+
+    token_s: when every new token had come; the first of them is the TTFT, decoding of the JPEG included. vision_s,
+    prefill_s: how long the vision encoder (projector and all) and the decoder's prefill took, where the peer tells
+    them apart. prompt_tokens: as the decoder saw them, those of pictures included.
+    """
+
+    prompt_tokens: int
+    token_s: tuple[float, ...]
+    vision_s: float | None = None
+    prefill_s: float | None = None
+
+
+class Contender(Protocol):
+    """A model in memory. versions: of the packages that do the work."""
+
+    versions: Mapping[str, str]
+
+    def answer(self, requests: Sequence[Request], new_tokens: int) -> list[Answer]:
+        """Greedy answers of exactly `new_tokens` tokens (end tokens are not heeded), all requests at once.
+
+        Raises:
+            Unsupported: several requests, or a picture, of which this peer can make nothing.
+        """
+        ...
+
+
+class PeerModule(Protocol):
+    REQUIREMENTS: Sequence[str]
+    VARIANTS: Mapping[str, str]
+
+    def prepare(self, checkpoint: Path, folder: Path, variant: str) -> None: ...
+
+    def open_model(self, folder: Path, variant: str, threads: int) -> Contender: ...
+
+
+@dataclass
+class Measured:
+    """What one process measured: one entry per request (of `answers`) or batch of requests."""
+
+    contender: str
+    versions: dict[str, str] = field(default_factory=dict)
+    open_s: float = 0.0
+    peak_mb: float = 0.0
+    prompt_tokens: list[int] = field(default_factory=list)
+    vision_s: list[float] = field(default_factory=list)
+    prefill_s: list[float] = field(default_factory=list)
+    ttft_s: list[float] = field(default_factory=list)
+    decode_tokens_per_s: list[float] = field(default_factory=list)
+    total_tokens_per_s: list[float] = field(default_factory=list)
+    unsupported: str = ""

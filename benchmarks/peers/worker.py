@@ -1,0 +1,100 @@
+"""One process of the peers' benchmark: converts a checkpoint, or opens a model and times its answers.
+
+Runs in the peer's environment, where edgevl is installed without its dependencies: standard library, numpy, Pillow.
+
+    python -m edgevl.benchmarks.peers.worker PEER VARIANT prepare CHECKPOINT FOLDER
+    python -m edgevl.benchmarks.peers.worker PEER VARIANT measure FOLDER < JSON   (prints one JSON line)
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast
+
+from edgevl.benchmarks.peers.contract import Answer, Contender, Measured, PeerModule, Request, Unsupported
+from edgevl.benchmarks.workloads import Workload
+
+__all__ = ["main", "measure", "peer"]
+
+SEED = 1
+
+
+def peer(name: str) -> PeerModule:
+    return cast(PeerModule, importlib.import_module(f"edgevl.benchmarks.peers.{name}"))
+
+
+def _rss_mb() -> float:
+    """Largest resident memory of this process so far (VmHWM), in MB of 10^6 bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return 0.0
+
+
+def _requests(work: Workload, text: str, number: int) -> list[Request]:
+    """The requests of round trip `number`: `concurrency` of them, with pictures of their own."""
+    return [
+        Request(tuple(work.picture(SEED, number * work.concurrency + i, p) for p in range(work.pictures)), text)
+        for i in range(work.concurrency)
+    ]
+
+
+def _add(into: Measured, answers: list[Answer]) -> None:
+    for a in answers:
+        into.prompt_tokens.append(a.prompt_tokens)
+        into.ttft_s.append(a.token_s[0])
+        if a.vision_s is not None:
+            into.vision_s.append(a.vision_s)
+        if a.prefill_s is not None:
+            into.prefill_s.append(a.prefill_s)
+        if len(a.token_s) > 1:
+            into.decode_tokens_per_s.append((len(a.token_s) - 1) / (a.token_s[-1] - a.token_s[0]))
+    into.total_tokens_per_s.append(sum(len(a.token_s) for a in answers) / max(a.token_s[-1] for a in answers))
+
+
+def measure(name: str, opened: Contender, open_s: float, work: Workload, text: str, repeats: int) -> Measured:
+    """One warm-up (not counted) and `repeats` round trips with new pictures."""
+    result = Measured(name, dict(opened.versions), open_s)
+    try:
+        for number in range(repeats + 1):
+            answers = opened.answer(_requests(work, text, number), work.new_tokens)
+            for a in answers:
+                if len(a.token_s) != work.new_tokens:
+                    raise RuntimeError(f"{name} gave {len(a.token_s)} tokens, {work.new_tokens} were asked for")
+            if number:
+                _add(result, answers)
+    except Unsupported as e:
+        result.unsupported = str(e)
+    result.peak_mb = _rss_mb()
+    return result
+
+
+def main(arguments: list[str]) -> None:
+    name, variant, verb, *paths = arguments
+    module = peer(name)
+    if verb == "prepare":
+        module.prepare(Path(paths[0]), Path(paths[1]), variant)
+        return
+    task = json.load(sys.stdin)
+    if task["cores"]:
+        os.sched_setaffinity(0, task["cores"])
+    out = os.dup(1)  # libraries write to stdout; the result goes to the real one
+    os.dup2(2, 1)
+    began = time.perf_counter()
+    try:
+        opened = module.open_model(Path(paths[0]), variant, task["threads"])
+        open_s = time.perf_counter() - began
+        result = measure(f"{name} {variant}", opened, open_s, Workload(**task["work"]), task["text"], task["repeats"])
+    except Unsupported as e:
+        result = Measured(f"{name} {variant}", unsupported=str(e))
+    os.write(out, (json.dumps(asdict(result)) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
