@@ -73,7 +73,8 @@ class PeerModule(Protocol):
 
 @dataclass
 class Measured:
-    """What one process measured: one entry per request (of `answers`) or batch of requests."""
+    """What one process measured: an entry per request, or per round trip of several requests at once for the speeds
+    (decode: all of them together, from when the last has its first token)."""
 
     contender: str
     versions: dict[str, str] = field(default_factory=dict)

@@ -46,16 +46,19 @@ def _requests(work: Workload, text: str, number: int) -> list[Request]:
 
 
 def _add(into: Measured, answers: list[Answer]) -> None:
+    """Keep what one round trip took. Decode speed is that of all its requests together, from when the last of them
+    had its first token."""
     for a in answers:
         into.prompt_tokens.append(a.prompt_tokens)
         into.ttft_s.append(a.token_s[0])
-        if a.vision_s is not None:
-            into.vision_s.append(a.vision_s)
-        if a.prefill_s is not None:
-            into.prefill_s.append(a.prefill_s)
-        if len(a.token_s) > 1:
-            into.decode_tokens_per_s.append((len(a.token_s) - 1) / (a.token_s[-1] - a.token_s[0]))
-    into.total_tokens_per_s.append(sum(len(a.token_s) for a in answers) / max(a.token_s[-1] for a in answers))
+    if len(answers) == 1:  # the stages of one request are told apart; those of several may overlap
+        into.vision_s += [a.vision_s for a in answers if a.vision_s is not None]
+        into.prefill_s += [a.prefill_s for a in answers if a.prefill_s is not None]
+    began, ended = max(a.token_s[0] for a in answers), max(a.token_s[-1] for a in answers)
+    if ended > began:
+        late = sum(t > began for a in answers for t in a.token_s)
+        into.decode_tokens_per_s.append(late / (ended - began))
+    into.total_tokens_per_s.append(sum(len(a.token_s) for a in answers) / ended)
 
 
 def measure(name: str, opened: Contender, open_s: float, work: Workload, text: str, repeats: int) -> Measured:

@@ -1,0 +1,55 @@
+"""Ours: a bundle on ONNX Runtime's CPU. `folder` is the bundle; variants are its precisions, by name only."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from edgevl.benchmarks.peers.contract import Answer, Request
+
+REQUIREMENTS: Sequence[str] = ()
+VARIANTS: Mapping[str, str] = {"bundle": "as exported"}
+
+
+def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
+    raise NotImplementedError("bundles are given, made by `edgevl export`")
+
+
+class _Bundle:
+    def __init__(self, folder: Path, threads: int) -> None:
+        import onnxruntime
+
+        from edgevl.runtime import VisionLanguageModel
+
+        self._model = VisionLanguageModel.open(folder, "ort-cpu", threads=threads, image_cache_mb=0)
+        self.versions = {"onnxruntime": onnxruntime.__version__}
+
+    def answer(self, requests: Sequence[Request], new_tokens: int) -> list[Answer]:
+        model, began = self._model, time.perf_counter()
+        config = model.generation_config(
+            max_new_tokens=new_tokens, eos_token_ids=(-1,), do_sample=False, repetition_penalty=1.0
+        )
+        prompts = [model.prepare(_messages(r), new_tokens) for r in requests]
+        times: dict[int, list[float]] = {}
+        rows, pieces = model.stream_prompts(prompts, config, began)
+        for row, _ in pieces:
+            times.setdefault(id(row), []).append(time.perf_counter() - began)
+        return [
+            Answer(len(p.ids), tuple(times[id(row)]), p.preprocess_s + p.vision_s, row.prefill_s)
+            for p, row in zip(prompts, rows)
+        ]
+
+
+def _messages(request: Request) -> list[dict[str, Any]]:
+    pictures = [{"type": "image", "image": Image.open(io.BytesIO(p))} for p in request.pictures]
+    user = [*pictures, {"type": "text", "text": request.text}]
+    return [{"role": "system", "content": request.system}, {"role": "user", "content": user}]
+
+
+def open_model(folder: Path, variant: str, threads: int) -> _Bundle:
+    return _Bundle(folder, threads)

@@ -1,0 +1,105 @@
+"""The reference: transformers in bfloat16 with sdpa. `folder` is the checkpoint itself."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from edgevl.benchmarks.peers.contract import Answer, Request
+
+REQUIREMENTS: Sequence[str] = ("torch==2.13.0", "transformers==5.24.0", "pillow", "numpy")
+VARIANTS: Mapping[str, str] = {"bf16": "bfloat16, sdpa, PIL image processor"}
+
+
+def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
+    """Nothing is converted: the folder is a link to the checkpoint."""
+    folder.symlink_to(checkpoint.resolve())
+
+
+class _VisionClock:
+    """Adds up the seconds spent in a module's calls."""
+
+    def __init__(self, module: Any) -> None:
+        self.seconds, self.ended, self._began = 0.0, 0.0, 0.0
+        module.register_forward_pre_hook(self._before)
+        module.register_forward_hook(self._after)
+
+    def _before(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _after(self, *_: Any) -> None:
+        self.ended = time.perf_counter()
+        self.seconds += self.ended - self._began
+
+
+class _Transformers:
+    def __init__(self, folder: Path, threads: int) -> None:
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        self._model: Any = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self._images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+        self._vision = _VisionClock(self._model.model.visual)
+        self._tokenizer.padding_side = "left"
+
+    def answer(self, requests: Sequence[Request], new_tokens: int) -> list[Answer]:
+        import torch
+
+        began, self._vision.seconds = time.perf_counter(), 0.0
+        pictures = [Image.open(io.BytesIO(p)) for r in requests for p in r.pictures]
+        vision = dict(self._images(pictures, return_tensors="pt")) if pictures else {}
+        grids = iter(vision["image_grid_thw"].prod(-1).tolist() if pictures else ())
+        prompts = [_prompt(r, [next(grids) // 4 for _ in r.pictures]) for r in requests]
+        inputs = self._tokenizer(prompts, return_tensors="pt", padding=True)
+        ids, clock = inputs["input_ids"], _StepClock()
+        if pictures:
+            vision["pixel_values"] = vision["pixel_values"].to(torch.bfloat16)
+            vision["mm_token_type_ids"] = (ids == self._model.config.image_token_id).int()
+        with torch.inference_mode():
+            self._model.generate(
+                input_ids=ids,
+                attention_mask=inputs["attention_mask"],
+                **vision,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                stopping_criteria=[clock],
+            )
+        token_s = tuple(t - began for t in clock.times)
+        lengths = inputs["attention_mask"].sum(-1).tolist()
+        if not pictures:
+            return [Answer(n, token_s) for n in lengths]
+        return [Answer(n, token_s, self._vision.seconds, clock.times[0] - self._vision.ended) for n in lengths]
+
+
+class _StepClock:
+    """A stopping criterion that stops nothing and keeps when every step ended; unlike a streamer it takes batches."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        self.times.append(time.perf_counter())
+        return input_ids.new_zeros(len(input_ids)).bool()
+
+
+def _prompt(request: Request, tokens: Sequence[int]) -> str:
+    pictures = "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in tokens)
+    user = f"<|im_start|>user\n{pictures}{request.text}<|im_end|>\n"
+    return f"<|im_start|>system\n{request.system}<|im_end|>\n{user}<|im_start|>assistant\n"
+
+
+def open_model(folder: Path, variant: str, threads: int) -> _Transformers:
+    return _Transformers(folder, threads)
