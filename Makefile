@@ -5,7 +5,7 @@ DEMO_VENV ?= .venv-demo
 BIN = $(VENV)/bin
 PIP = install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test oldest lint bench bench-check wheel demo-model clean
+.PHONY: demo test oldest lint bench bench-check peers wheel demo-model clean
 
 # The main job on real input; installs no torch.
 demo: $(DEMO_VENV)/.ready
@@ -41,8 +41,26 @@ wheel: $(VENV)/.ready
 	.venv-wheel/bin/pip $(PIP) "$$(ls dist/*.whl)[ort]"
 	cd dist && ../.venv-wheel/bin/python ../tests/wheel_check.py
 
+# Our bundles of random weights of the 2B shape beside transformers: CHECKPOINT and BUNDLES name others.
+CHECKPOINT ?= out/bench/2b
+BUNDLES ?= out/bench/int4 out/bench/hybrid
+PEERS ?= transformers
 bench: $(VENV)/.ready
-	$(BIN)/python -m edgevl.benchmarks.latency
+	test -e $(CHECKPOINT) || $(BIN)/python -m edgevl.benchmarks.random_checkpoint $(CHECKPOINT) --shape 2b
+	for b in $(BUNDLES); do test -e $$b || $(BIN)/edgevl export $(CHECKPOINT) -o $$b \
+		--precision $$(basename $$b) --no-verify || exit 1; done
+	$(BIN)/python -m edgevl.benchmarks.peers $(CHECKPOINT) $(BUNDLES) --peers $(PEERS)
+
+# An environment for every other program (llama.cpp is compiled: minutes); then `make bench PEERS=all`.
+PEER_NAMES = openvino_genai llama_cpp mnn onnxruntime_genai
+peers: $(VENV)/.ready $(PEER_NAMES:%=.venv-peers/%/.ready)
+.venv-peers/%/.ready: benchmarks/peers/%.py
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip $(PIP) "pip>=25.1"
+	$(BIN)/python -m edgevl.benchmarks.peers.requirements $* > $(@D)/requirements.txt
+	$(@D)/bin/pip $(PIP) -r $(@D)/requirements.txt
+	$(@D)/bin/pip $(PIP) --no-deps -e .
+	touch $@
 
 # Stages of the demo over fixed kernels, against this processor's stored baseline: flags what got over 10 % slower.
 bench-check: $(VENV)/.ready
@@ -70,4 +88,4 @@ $(DEMO_VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-wheel .venv-oldest dist build out
+	rm -rf .venv .venv-demo .venv-wheel .venv-oldest .venv-peers dist build out

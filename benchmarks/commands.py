@@ -57,6 +57,7 @@ __all__ = ["bench"]
 @click.option(
     "--profile", is_flag=True, help="First measure and keep this machine's speed with each bundle, for --ttft-budget."
 )
+@click.option("--operators", is_flag=True, help="Only trace one request of each case: the share of every operator.")
 def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> None:
     """Measure BUNDLEs: stages, p50 / p95 / p99, cold start, memory, energy, share of what the machine could do.
 
@@ -76,6 +77,9 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
         _check_output(options[key])
     divergences = _divergences(options["fidelity"], bundles)
     threads = options["threads"] or usable_cores()
+    if options["operators"]:
+        _print_operators(bundles, works, options["engine"], threads)
+        return
     if options["profile"]:
         for bundle in bundles:
             _keep_profile(bundle, options["engine"], threads)
@@ -101,6 +105,19 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
         partial.write_text(html_page(cases, divergences), encoding="utf-8")
         partial.replace(path)
         note(f"report: {path}")
+
+
+def _print_operators(bundles: tuple[str, ...], works: list[Workload], engine: str, threads: int) -> None:
+    from edgevl.benchmarks.operators import operator_shares, operator_table
+
+    if engine != "ort-cpu":
+        raise InputError(
+            f"--operators reads ONNX Runtime's trace on the CPU; expected --engine ort-cpu, got {engine!r}"
+        )
+    for bundle in bundles:
+        for work in works:
+            click.echo(f"{Path(bundle).resolve().name}, {work.describe}")
+            click.echo(operator_table(operator_shares(bundle, work, threads)) + "\n")
 
 
 def _divergences(given: tuple[str, ...], bundles: tuple[str, ...]) -> dict[str, float]:

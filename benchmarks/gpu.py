@@ -26,13 +26,14 @@ import click
 from tabulate import tabulate
 from tqdm import tqdm
 
-from edgevl.benchmarks.latency import TokenClock, Workload, messages_for, spread
+from edgevl.benchmarks.peers.contract import Request
+from edgevl.benchmarks.peers.table import spread
 from edgevl.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
-from edgevl.runtime.bundle import MANIFEST, Bundle
+from edgevl.benchmarks.workloads import Workload, question
+from edgevl.runtime.bundle import MANIFEST
 from edgevl.runtime.doctor import machine
 from edgevl.runtime.engine import engine_status
 from edgevl.runtime.errors import EdgeVLError
-from edgevl.runtime.image_processing import smart_resize
 from edgevl.runtime.tensorrt_library import find_tensorrt
 
 __all__ = ["Contender", "main"]
@@ -74,104 +75,46 @@ def _gpu_used() -> float | None:
     return float(total - free)
 
 
-def _measure_engine(contender: Contender, work: Workload) -> dict[str, list[float]]:
-    from edgevl.runtime import VisionLanguageModel
-    from edgevl.runtime.engine import GpuOptions
+def _open(contender: Contender) -> Any:
+    """A Contender of the peers' benchmark."""
+    from edgevl.benchmarks.peers.edgevl_bundle import BundleModel
+    from edgevl.benchmarks.peers.transformers import TransformersModel
 
-    started = time.perf_counter()
-    options = GpuOptions(cuda_graph=contender.cuda_graph)
-    with VisionLanguageModel.open(contender.path, contender.kind, gpu=options, image_cache_mb=0) as model:
-        opened = time.perf_counter() - started
-        messages = messages_for(model, work, work.picture(0))
-        timings = []
-        for i in range(work.requests + 2):  # two to warm up: shapes, then captures
-            messages[-1]["content"][0]["image"] = work.picture(i)
-            timings.append(model.generate(messages, max_new_tokens=work.new_tokens, eos_token_ids=(-1,)).timings)
-        used = _gpu_used()
-    timings = timings[2:]
-    return {
-        "open_s": [opened],
-        "vision_s": [t.vision_s for t in timings],
-        "prefill_s": [t.prefill_s for t in timings],
-        "ttft_s": [t.first_token_s for t in timings],
-        "decode_tokens_per_s": [t.tokens_per_s for t in timings],
-        "gpu_mb": [] if used is None else [used / 1e6],
-    }
-
-
-def _measure_peer(contender: Contender, work: Workload, ids: list[int]) -> dict[str, list[float]]:
+    if contender.kind not in PEERS:
+        return BundleModel(Path(contender.path), contender.kind, cuda_graph=contender.cuda_graph)
     import torch
-    import transformers
 
-    from edgevl.runtime.image_processing import ImageProcessorConfig, preprocess_image
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    compiled = contender.kind == "transformers-compiled"
+    return TransformersModel(Path(contender.path), device, contender.kind == "transformers-compiled")
+
+
+def worker(contender_json: str, work_json: str, text: str, requests: str) -> None:
+    """Entry of one measuring process: prints its figures as one JSON line."""
+    contender, work = Contender(**json.loads(contender_json)), Workload(**json.loads(work_json))
     started = time.perf_counter()
-    model: Any = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
-        contender.path, dtype=torch.bfloat16, attn_implementation="sdpa"
-    )
-    model = model.eval().to(device)
+    model = _open(contender)
     found: dict[str, list[float]] = {"open_s": [time.perf_counter() - started]}
-    found |= {name: [] for name in ("vision_s", "ttft_s", "decode_tokens_per_s")}
-    # A static cache is what transformers compiles its decode step over, on CUDA by itself.
-    cache = {"cache_implementation": "static"} if compiled else {"disable_compile": True}
-    processor = ImageProcessorConfig.from_folder(contender.path)
-    prompt = torch.tensor([ids], device=device)
-    for i in range(work.requests + 2):
-        clock, began = TokenClock(), time.perf_counter()
-        done = preprocess_image(work.picture(i), processor)
-        pixels = torch.from_numpy(done.pixel_values).to(device, torch.bfloat16)
-        grid = torch.tensor([[done.grid.t, done.grid.h, done.grid.w]], device=device)
-        with torch.inference_mode():
-            model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                pixel_values=pixels,
-                image_grid_thw=grid,
-                mm_token_type_ids=(prompt == model.config.image_token_id).int(),
-                max_new_tokens=work.new_tokens,
-                min_new_tokens=work.new_tokens,
-                do_sample=False,
-                streamer=clock,
-                **cache,
-            )
-            if device == "cuda":
-                torch.cuda.synchronize()
-            vision_began = time.perf_counter()
-            model.model.visual(pixels, grid)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            vision = time.perf_counter() - vision_began
-        if i > 1:
-            found["vision_s"].append(vision)
-            found["ttft_s"].append(clock.times[0] - began)
-            rate = (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])
-            found["decode_tokens_per_s"].append(rate)
+    found |= {name: [] for name in ("vision_s", "prefill_s", "ttft_s", "decode_tokens_per_s")}
+    for i in range(int(requests) + 2):  # two to warm up: shapes, then captures
+        (answer,) = model.answer([Request((work.picture(0, i, 0),), text)], work.new_tokens)
+        if i < 2:
+            continue
+        times = answer.token_s
+        found["vision_s"].append(answer.vision_s)
+        found["prefill_s"].append(answer.prefill_s)
+        found["ttft_s"].append(times[0])
+        found["decode_tokens_per_s"].append((len(times) - 1) / (times[-1] - times[0]))
     used = _gpu_used()
     found["gpu_mb"] = [] if used is None else [used / 1e6]
-    return found
-
-
-def worker(contender_json: str, work_json: str, ids_json: str) -> None:
-    """Entry of one measuring process: prints its figures as one JSON line."""
-    contender, data = Contender(**json.loads(contender_json)), json.loads(work_json)
-    work = Workload(**{**data, "cores": ()})
-    ids = json.loads(ids_json)
-    found = _measure_peer(contender, work, ids) if contender.kind in PEERS else _measure_engine(contender, work)
     sys.stdout.write(json.dumps(found) + "\n")
 
 
-def prompt_ids(bundle: str, work_json: str) -> None:
-    """Entry of a process: prints the ids of the workload's prompt, which needs the bundle's tokenizer only."""
+def question_text(bundle: str, tokens: str) -> None:
+    """Entry of a process: prints a question of so many tokens, which needs the bundle's tokenizer only."""
     from edgevl.runtime import VisionLanguageModel
 
-    work = Workload(**{**json.loads(work_json), "cores": ()})
-    model = VisionLanguageModel.open(bundle)
-    messages = messages_for(model, work, work.picture(0))
-    sys.stdout.write(json.dumps(model.prepare(messages).ids.tolist()) + "\n")
+    with VisionLanguageModel.open(bundle) as model:
+        sys.stdout.write(question(model, int(tokens)) + "\n")
 
 
 def _process(entry: str, *arguments: str) -> str:
@@ -245,7 +188,7 @@ def summary(figures: Sequence[Figures], sizes: Sequence[str]) -> str:
 @click.option("--engines", default="ort-cuda,tensorrt", show_default=True, help="Which; unusable ones are told of.")
 @click.option("--precisions", default="int4,fp16", show_default=True)
 @click.option("--sizes", default="448x448,1288x966", show_default=True, help="Pictures, width x height.")
-@click.option("--extra-tokens", default=30, show_default=True, help="Of the prompt, beside the picture's.")
+@click.option("--prompt-tokens", default=16, show_default=True, help="Of the question.")
 @click.option("--new-tokens", default=64, show_default=True)
 @click.option("--requests", default=3, show_default=True, help="Measured requests per process.")
 @click.option("--rounds", default=3, show_default=True)
@@ -297,19 +240,18 @@ def _measure(contenders: list[Contender], bundle: str, options: dict[str, Any], 
     with tqdm(total=len(contenders) * len(sizes) * options["rounds"], file=sys.stderr, disable=None) as bar:
         for size in sizes:
             width, height = (int(n) for n in size.lower().split("x"))
-            processor = Bundle.open(bundle).image_processor
-            h, w = smart_resize(height, width, processor.factor, processor.min_pixels, processor.max_pixels)
-            prompt = h * w // processor.factor**2 + options["extra_tokens"]
-            work = Workload(width, height, prompt, options["new_tokens"], options["requests"])
-            text = json.dumps(asdict(work))
-            ids = _process("prompt_ids", bundle, text)
+            work = Workload(
+                size, width, height, prompt_tokens=options["prompt_tokens"], new_tokens=options["new_tokens"]
+            )
+            text = _process("question_text", bundle, str(work.prompt_tokens))
+            given = (json.dumps(asdict(work)), text, str(options["requests"]))
             for number in range(options["rounds"]):
                 for offset in range(len(contenders)):
                     contender = contenders[(number + offset) % len(contenders)]
                     bar.set_postfix_str(contender.name)
                     if (contender.name, size) not in dead:
                         try:
-                            measured = json.loads(_process("worker", json.dumps(asdict(contender)), text, ids))
+                            measured = json.loads(_process("worker", json.dumps(asdict(contender)), *given))
                             figures.append(Figures(contender.name, size, measured))
                         except click.ClickException as e:
                             dead.add((contender.name, size))

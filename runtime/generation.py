@@ -112,7 +112,7 @@ class VisionLanguageModel:
             raise InputError(
                 f"capacity is {self.capacity}, expected 1 to {self.config.text.max_position_embeddings} tokens"
             )
-        self._chunk, self._notice = prefill_chunk, notice
+        self.prefill_chunk, self._notice = prefill_chunk, notice
         self.tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
         # Grounding tokens in messages stay tokens: users refer to boxes with them, and earlier answers hold them.
         template = load_chat_template(bundle.folder)
@@ -316,7 +316,7 @@ class VisionLanguageModel:
 
     def decoder(self, batch: int = 1) -> Decoder:
         """A decoder loop over a fresh cache."""
-        return Decoder(self.engine, self.config, self.engine.new_cache(self.capacity, batch), self._chunk)
+        return Decoder(self.engine, self.config, self.engine.new_cache(self.capacity, batch), self.prefill_chunk)
 
     def prepare(
         self, messages: Sequence[dict[str, Any]], answer_tokens: int = 1, *, check_length: bool = True

@@ -26,9 +26,13 @@ PROVIDER = "CPUExecutionProvider"
 class OrtGraph:
     """One session. The providers that it got are asserted: ONNX Runtime falls back to the CPU without raising."""
 
-    def __init__(self, path: Path, spec: GraphSpec, threads: int, shrink_arena: bool = False) -> None:
+    def __init__(
+        self, path: Path, spec: GraphSpec, threads: int, shrink_arena: bool = False, trace: Path | None = None
+    ) -> None:
         self.spec = spec
         options = ort.SessionOptions()
+        if trace is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(trace)
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
@@ -57,6 +61,10 @@ class OrtGraph:
         self._appends = spec.cache_update == APPENDED
         presents = set() if self._appends else set(self._cached.values())
         self._outputs = [t.name for t in spec.outputs if t.name not in presents]
+
+    def end_trace(self) -> Path:
+        """Stop keeping times of operators; where those kept so far are (a Chrome trace, JSON)."""
+        return Path(self._session.end_profiling())
 
     def run(self, feeds: Mapping[str, np.ndarray], cache: CacheView | None = None) -> dict[str, np.ndarray]:
         wanted, lengths = feeds.get("logits_rows"), feeds.get("seqlens_k")
@@ -101,14 +109,16 @@ class OrtEngine:
 
     Args:
         threads: worker threads of each session; the cores that the process may use by default.
+        trace: a folder where every graph keeps the times of its operators (`OrtGraph.end_trace`).
     """
 
     name = "ort-cpu"
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, trace: Path | None = None) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}, expected at least 1")
         check_version(bundle)
+        self._trace = trace
         self.threads = threads or usable_cores()
         # Repacking weights is most of the time of opening, and each session does it on one thread.
         with ThreadPoolExecutor(len(bundle.graphs)) as pool:
@@ -119,7 +129,13 @@ class OrtEngine:
 
     def _open(self, bundle: Bundle, role: str) -> OrtGraph:
         graph = bundle.graphs[role]
-        return OrtGraph(bundle.path(graph.file), graph.spec, self.threads, shrink_arena=role == "vision")
+        trace = None if self._trace is None else self._trace / role
+        return OrtGraph(bundle.path(graph.file), graph.spec, self.threads, role == "vision", trace)
+
+    @property
+    def graphs(self) -> Mapping[str, OrtGraph]:
+        """By role: vision, decoder, and prefill in hybrid bundles."""
+        return self._graphs
 
     @property
     def vision(self) -> OrtGraph:

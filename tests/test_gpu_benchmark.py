@@ -42,7 +42,7 @@ def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
 
 
 def test_a_contender_that_dies_is_told_of_once_and_the_rest_goes_on(tiny: Pair) -> None:
-    options = {"sizes": "112x84", "extra_tokens": 30, "new_tokens": 3, "requests": 1, "rounds": 2}
+    options = {"sizes": "112x84", "prompt_tokens": 8, "new_tokens": 3, "requests": 1, "rounds": 2}
     failures: list[str] = []
     contenders = [Contender("absent", "ort-cpu", "/absent"), Contender("here", "ort-cpu", str(tiny.bundle))]
     figures = gpu._measure(contenders, str(tiny.bundle), options, failures)

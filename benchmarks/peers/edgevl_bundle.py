@@ -12,6 +12,8 @@ from PIL import Image
 
 from edgevl.benchmarks.peers.contract import Answer, Request
 
+__all__ = ["REQUIREMENTS", "VARIANTS", "BundleModel", "open_model", "prepare"]
+
 REQUIREMENTS: Sequence[str] = ()
 VARIANTS: Mapping[str, str] = {"bundle": "as exported"}
 
@@ -20,14 +22,17 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
     raise NotImplementedError("bundles are given, made by `edgevl export`")
 
 
-class _Bundle:
-    def __init__(self, folder: Path, threads: int) -> None:
-        import onnxruntime
+class BundleModel:
+    """A bundle on an engine, the picture cache off: no picture is asked about twice."""
 
+    def __init__(self, folder: Path, engine: str, threads: int | None = None, cuda_graph: bool | None = None) -> None:
         from edgevl.runtime import VisionLanguageModel
+        from edgevl.runtime.doctor import machine
+        from edgevl.runtime.engine import GpuOptions
 
-        self._model = VisionLanguageModel.open(folder, "ort-cpu", threads=threads, image_cache_mb=0)
-        self.versions = {"onnxruntime": onnxruntime.__version__}
+        options = GpuOptions(cuda_graph=cuda_graph)
+        self._model = VisionLanguageModel.open(folder, engine, threads=threads, image_cache_mb=0, gpu=options)
+        self.versions = {k: v for k, v in machine().items() if k.startswith(("onnxruntime", "tensorrt"))}
 
     def answer(self, requests: Sequence[Request], new_tokens: int) -> list[Answer]:
         model, began = self._model, time.perf_counter()
@@ -51,5 +56,5 @@ def _messages(request: Request) -> list[dict[str, Any]]:
     return [{"role": "system", "content": request.system}, {"role": "user", "content": user}]
 
 
-def open_model(folder: Path, variant: str, threads: int) -> _Bundle:
-    return _Bundle(folder, threads)
+def open_model(folder: Path, variant: str, threads: int) -> BundleModel:
+    return BundleModel(folder, "ort-cpu", threads)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from edgevl.benchmarks.peers.contract import Answer, Request
+
+__all__ = ["REQUIREMENTS", "VARIANTS", "TransformersModel", "open_model", "prepare"]
 
 REQUIREMENTS: Sequence[str] = ("torch==2.13.0", "transformers==5.24.0", "pillow", "numpy")
 VARIANTS: Mapping[str, str] = {"bf16": "bfloat16, sdpa, PIL image processor"}
@@ -22,37 +24,58 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
 
 
 class _VisionClock:
-    """Adds up the seconds spent in a module's calls."""
+    """Adds up the seconds spent in a module's calls; `wait` waits for the device."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, wait: Callable[[], object]) -> None:
         self.seconds, self.ended, self._began = 0.0, 0.0, 0.0
+        self._wait = wait
         module.register_forward_pre_hook(self._before)
         module.register_forward_hook(self._after)
 
     def _before(self, *_: Any) -> None:
+        self._wait()
         self._began = time.perf_counter()
 
     def _after(self, *_: Any) -> None:
+        self._wait()
         self.ended = time.perf_counter()
         self.seconds += self.ended - self._began
 
 
-class _Transformers:
-    def __init__(self, folder: Path, threads: int) -> None:
+class _StepClock:
+    """A stopping criterion that stops nothing and keeps when every step ended; unlike a streamer it takes batches."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        input_ids[:, -1].cpu()  # the token is there when it can be read
+        self.times.append(time.perf_counter())
+        return input_ids.new_zeros(len(input_ids)).bool()
+
+
+class TransformersModel:
+    """The model in bfloat16 with sdpa, on `device`; `compiled` decodes over a static cache with torch.compile."""
+
+    def __init__(self, folder: Path, device: str = "cpu", compiled: bool = False) -> None:
         import torch
         import transformers
 
-        torch.set_num_threads(threads)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        self._device = device
+        # A static cache is what transformers compiles its decode step over, on CUDA by itself.
+        self._cache = {"cache_implementation": "static"} if compiled else {"disable_compile": True}
         self._model: Any = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
             folder, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
+        )
+        self._model = self._model.eval().to(device)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self._images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-        self._vision = _VisionClock(self._model.model.visual)
         self._tokenizer.padding_side = "left"
+        self._images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+        wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self._vision = _VisionClock(self._model.model.visual, wait)
 
     def answer(self, requests: Sequence[Request], new_tokens: int) -> list[Answer]:
         import torch
@@ -67,15 +90,15 @@ class _Transformers:
         if pictures:
             vision["pixel_values"] = vision["pixel_values"].to(torch.bfloat16)
             vision["mm_token_type_ids"] = (ids == self._model.config.image_token_id).int()
+        given = {"input_ids": ids, "attention_mask": inputs["attention_mask"], **vision}
         with torch.inference_mode():
             self._model.generate(
-                input_ids=ids,
-                attention_mask=inputs["attention_mask"],
-                **vision,
+                **{name: tensor.to(self._device) for name, tensor in given.items()},
                 max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens,
                 do_sample=False,
                 stopping_criteria=[clock],
+                **self._cache,
             )
         token_s = tuple(t - began for t in clock.times)
         lengths = inputs["attention_mask"].sum(-1).tolist()
@@ -84,22 +107,14 @@ class _Transformers:
         return [Answer(n, token_s, self._vision.seconds, clock.times[0] - self._vision.ended) for n in lengths]
 
 
-class _StepClock:
-    """A stopping criterion that stops nothing and keeps when every step ended; unlike a streamer it takes batches."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        self.times.append(time.perf_counter())
-        return input_ids.new_zeros(len(input_ids)).bool()
-
-
 def _prompt(request: Request, tokens: Sequence[int]) -> str:
     pictures = "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in tokens)
     user = f"<|im_start|>user\n{pictures}{request.text}<|im_end|>\n"
     return f"<|im_start|>system\n{request.system}<|im_end|>\n{user}<|im_start|>assistant\n"
 
 
-def open_model(folder: Path, variant: str, threads: int) -> _Transformers:
-    return _Transformers(folder, threads)
+def open_model(folder: Path, variant: str, threads: int) -> TransformersModel:
+    import torch
+
+    torch.set_num_threads(threads)
+    return TransformersModel(folder)

@@ -1,0 +1,110 @@
+"""Where the time of a graph goes: the share of every operator, from ONNX Runtime's own trace.
+
+A trace costs a little at every node, so what is timed here is compared with itself only: shares, not speeds.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from edgevl.benchmarks.stages import Job, Runner
+from edgevl.benchmarks.workloads import Workload
+from edgevl.runtime import VisionLanguageModel
+from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.errors import InputError
+from edgevl.runtime.ort_engine import OrtEngine
+
+__all__ = ["Operator", "operator_shares", "operator_table", "read_trace"]
+
+_KERNEL = "_kernel_time"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Of one kind of node: calls and milliseconds per run of the graph, and the share of all nodes' time."""
+
+    name: str
+    calls: float
+    ms: float
+    share: float
+
+
+def read_trace(path: Path, runs: int, skip: int = 0) -> list[Operator]:
+    """Operators of a trace of ONNX Runtime, the costliest first, over its last `runs` runs after the first `skip`.
+
+    Raises:
+        InputError: fewer runs in the trace than that.
+    """
+    events = json.loads(path.read_text(encoding="utf-8"))
+    ends = [e["ts"] + e["dur"] for e in events if e.get("name") == "model_run"]
+    if len(ends) < skip + runs or not runs:
+        raise InputError(f"{path}: {len(ends)} runs in the trace, expected {skip + runs} and at least one to count")
+    begun = sorted(ends)[skip - 1] if skip else 0
+    stop = sorted(ends)[skip + runs - 1]
+    spent: dict[str, list[float]] = defaultdict(list)
+    for e in events:
+        if e.get("cat") == "Node" and e["name"].endswith(_KERNEL) and begun <= e["ts"] < stop:
+            spent[e["args"]["op_name"]].append(e["dur"] / 1e3)
+    total = sum(map(sum, spent.values()))
+    found = [Operator(n, len(v) / runs, sum(v) / runs, sum(v) / total) for n, v in spent.items()]
+    return sorted(found, key=lambda o: -o.ms)
+
+
+def operator_shares(bundle: str, work: Workload, threads: int) -> dict[str, list[Operator]]:
+    """By stage (vision, prefill, decode): the operators of one request of `work`, after one to warm up.
+
+    Raises:
+        InputError: several requests at once, or a question that takes several calls of the prefill graph.
+    """
+    if work.concurrency != 1:
+        raise InputError(f"workload {work.name!r}: operators are told apart of one request at a time")
+    opened = Bundle.open(bundle)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = OrtEngine(opened, threads, Path(folder))
+        model = VisionLanguageModel(opened, engine, image_cache_mb=0)
+        runner = Runner(model, Job(bundle, work, threads=threads))
+        prompt = 0
+        for number in range(2):
+            prompt = runner.request(number).prompt_tokens
+        traces = {role: graph.end_trace() for role, graph in engine.graphs.items()}
+        chunks = -(-prompt // model.prefill_chunk)
+        steps = work.new_tokens - 1
+        found: dict[str, list[Operator]] = {}
+        if work.pictures or work.frames:
+            encoded = _runs(traces["vision"]) // 2
+            found["vision"] = read_trace(traces["vision"], encoded, encoded)
+        if "prefill" in traces:
+            found["prefill"] = read_trace(traces["prefill"], chunks, chunks)
+            found["decode"] = read_trace(traces["decoder"], steps, steps) if steps else []
+        else:
+            once = chunks + steps
+            found["prefill"] = read_trace(traces["decoder"], chunks, once)
+            found["decode"] = read_trace(traces["decoder"], steps, once + chunks) if steps else []
+        model.close()
+    return found
+
+
+def _runs(trace: Path) -> int:
+    events: list[dict[str, Any]] = json.loads(trace.read_text(encoding="utf-8"))
+    return sum(e.get("name") == "model_run" for e in events)
+
+
+def operator_table(stages: dict[str, list[Operator]], least: float = 0.005) -> str:
+    """One table: stage, operator, calls and milliseconds per run, share; what is under `least` is put together."""
+    rows = []
+    for stage, operators in stages.items():
+        for o in [o for o in operators if o.share >= least]:
+            rows.append((stage, o.name, f"{o.calls:.0f}", f"{o.ms:.1f}", f"{o.share:.1%}"))
+        rest = [o for o in operators if o.share < least]
+        if rest:
+            calls, ms, share = (sum(getattr(o, k) for o in rest) for k in ("calls", "ms", "share"))
+            rows.append((stage, f"{len(rest)} others", f"{calls:.0f}", f"{ms:.1f}", f"{share:.1%}"))
+    headers = ("stage", "operator", "calls", "ms per run", "share")
+    return tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=("left", "left", *["right"] * 3))
