@@ -211,6 +211,7 @@ class LlamaCpp:
             settings.n_threads = settings.n_threads_batch = self._threads
             settings.flash_attn_type = FLASH
             settings.kv_unified = UNIFIED
+            settings.n_outputs_max = sequences
             self._context = llama.llama_init_from_model(self._model, settings)
             self._room = (tokens, sequences)
         llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
