@@ -6,6 +6,7 @@ A module `edgevl.benchmarks.peers.<name>` defines
     VARIANTS      {variant: one line that says what it is: precision of decoder and vision, settings}
     prepare(checkpoint, folder, variant)   converts the checkpoint; may take minutes and use other processes
     open_model(folder, variant, threads)   a Contender; runs in a fresh process, whose memory is measured
+    NO_VISION     (optional) True where pictures are only as many tokens: its TTFT is not compared
 
 and imports nothing but the standard library, numpy, Pillow and what REQUIREMENTS names, each where it is used.
 """

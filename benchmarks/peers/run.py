@@ -27,7 +27,7 @@ from edgevl.benchmarks.peers.table import Row, plot, tables
 from edgevl.benchmarks.peers.worker import peer
 from edgevl.benchmarks.workloads import WORKLOADS, Workload, question, workload
 from edgevl.runtime import VisionLanguageModel
-from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.bundle import MANIFEST, Bundle
 from edgevl.runtime.doctor import cpu_flags, cpu_model
 from edgevl.runtime.errors import EdgeVLError
 
@@ -46,6 +46,7 @@ class Entrant:
     variant: str
     folder: Path
     python: Path
+    kind: str = ""  # what it is, for the legend
 
     @property
     def name(self) -> str:
@@ -77,7 +78,7 @@ def entrants(chosen: str, bundles: Sequence[Path], out: Path, environments: Path
         click.UsageError: an unknown peer or variant, or an environment that is not there.
     """
     python = Path(sys.executable)
-    found = [Entrant(_OURS, "bundle", b, python) for b in bundles]
+    found = [Entrant(_OURS, "bundle", b, python, _kind(b)) for b in bundles]
     wanted = {"all": list(PEERS), "none": []}.get(chosen, chosen.split(","))
     for name in wanted:
         module, _, variant = name.partition(":")
@@ -89,8 +90,16 @@ def entrants(chosen: str, bundles: Sequence[Path], out: Path, environments: Path
         own = python if module in _HERE else environments / module / "bin" / "python"
         if not own.exists():
             raise click.UsageError(f"{own} is not there; make the peers' environments with `make peers`")
-        found += [Entrant(module, v, out / f"{module}-{v}", own) for v in ([variant] if variant else offered)]
+        chosen_ones = {variant: offered[variant]} if variant else offered
+        found += [Entrant(module, v, out / f"{module}-{v}", own, kind) for v, kind in chosen_ones.items()]
     return found
+
+
+def _kind(bundle: Path) -> str:
+    if not (bundle / MANIFEST).exists():
+        return ""
+    graphs = Bundle.open(bundle).graphs
+    return ", ".join(f"{role} {graph.precision}" for role, graph in graphs.items())
 
 
 def _prepare(all_entrants: list[Entrant], checkpoint: Path, threads: int) -> Iterator[Entrant]:
@@ -125,17 +134,22 @@ def _known(results: Path) -> list[Row]:
     return [Row(d["workload"], d["round"], Measured(**d["measured"])) for d in lines]
 
 
-def _check_machine(head: Path, now: dict[str, Any]) -> None:
-    """Figures of another machine, day or setting are not mixed with these."""
-    if not head.exists():
-        head.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        return
-    before = json.loads(head.read_text(encoding="utf-8"))
-    other = [f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in now if before.get(k) != now[k]]
+def _head(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """What the results in this folder were measured on; workloads may be added.
+
+    Raises:
+        click.UsageError: they are of another machine, day or setting, which are not mixed.
+    """
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+    other = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in now.items() if k != "workloads" and before.get(k) != v]
+    works = {**before["workloads"], **now["workloads"]}
+    other += [f"workload {k} was {v!r}" for k, v in before["workloads"].items() if works[k] != v]
     if other:
         raise click.UsageError(
-            f"{head.parent} holds results of another run: {'; '.join(other)}; choose another --results"
+            f"{path.parent} holds results of another run: {'; '.join(other)}; choose another --results"
         )
+    path.write_text(json.dumps({**now, "workloads": works}, indent=1) + "\n", encoding="utf-8")
+    return {**now, "workloads": works}
 
 
 @click.command()
@@ -196,8 +210,10 @@ def main(checkpoint: Path, bundles: tuple[Path, ...], **options: Any) -> None:
         "date": datetime.date.today().isoformat(), "repeats": options["repeats"],
         "workloads": {w.name: w.describe for w in works},
     }  # fmt: skip
-    _check_machine(results / "run.json", head)
+    head = _head(results / "run.json", head)
     racing = list(_prepare(listed, checkpoint, threads))
+    said = {e.name: e.kind for e in racing if e.kind}
+    head = {**head, "contenders": said}
     rows = _known(results / "results.jsonl")
     done = {(r.workload, r.round, r.measured.contender) for r in rows}
     total = len(works) * options["rounds"] * len(racing)
@@ -213,9 +229,10 @@ def main(checkpoint: Path, bundles: tuple[Path, ...], **options: Any) -> None:
                         json.dumps({"workload": row.workload, "round": number, "measured": asdict(row.measured)}) + "\n"
                     )
             bar.update()
-    text = tables(rows, head, [e.name for e in racing])
+    names = list(dict.fromkeys([*(e.name for e in racing), *(r.measured.contender for r in rows)]))
+    text = tables(rows, head, names)
     (results / "table.md").write_text(text + "\n", encoding="utf-8")
-    plot(rows, head, [e.name for e in racing], results / "peers.png")
+    plot(rows, head, names, results / "peers.png")
     click.echo(text)
 
 

@@ -71,9 +71,15 @@ def tables(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str])
     """Markdown: for every workload the figures, the ratios to the first contender, and what could not be done."""
     parts = [_head(rows, head, contenders)]
     for name, description in head["workloads"].items():
-        parts += [f"### {name}: {description}", _figures(rows, name, contenders), _ratios(rows, name, contenders)]
-        parts += _remarks(rows, name, contenders)
+        there = _asked(rows, name, contenders)
+        parts += [f"### {name}: {description}", _figures(rows, name, there), _ratios(rows, name, there)]
+        parts += _remarks(rows, name, there)
     return "\n\n".join(p for p in parts if p)
+
+
+def _asked(rows: Sequence[Row], workload: str, contenders: Sequence[str]) -> list[str]:
+    there = {r.measured.contender for r in rows if r.workload == workload}
+    return [c for c in contenders if c in there]
 
 
 def _head(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str]) -> str:
@@ -83,6 +89,7 @@ def _head(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str]) 
     return (
         f"{head['date']}, {head['processor']} ({', '.join(head['flags'])}), {head['threads']} threads, checkpoint "
         f"{head['checkpoint']}, {rounds} rounds of {head['repeats']} requests; median (min–max).\n{', '.join(said)}."
+        + "".join(f"\n- {name}: {kind}" for name, kind in head.get("contenders", {}).items())
     )
 
 
@@ -133,7 +140,7 @@ def plot(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str], p
     axes = figure.subplots(len(works), len(shown), squeeze=False)
     for line, work in zip(axes, works):
         for axis, metric in zip(line, shown):
-            _bars(axis, {c: _pooled(rows, work, c, metric) for c in contenders})
+            _bars(axis, {c: _pooled(rows, work, c, metric) for c in _asked(rows, work, contenders)})
             title, more = METRICS[metric]
             axis.set_title(f"{work}: {title} ({'more' if more else 'less'} is better)", fontsize=9)
             if axis is not line[0]:

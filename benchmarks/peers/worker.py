@@ -93,7 +93,10 @@ def main(arguments: list[str]) -> None:
     try:
         opened = module.open_model(Path(paths[0]), variant, task["threads"])
         open_s = time.perf_counter() - began
-        result = measure(f"{name} {variant}", opened, open_s, Workload(**task["work"]), task["text"], task["repeats"])
+        work = Workload(**task["work"])
+        result = measure(f"{name} {variant}", opened, open_s, work, task["text"], task["repeats"])
+        if work.pictures and getattr(module, "NO_VISION", False):  # a first token without the picture is no TTFT
+            result.ttft_s, result.total_tokens_per_s = [], []
     except Unsupported as e:
         result = Measured(f"{name} {variant}", unsupported=str(e))
     os.write(out, (json.dumps(asdict(result)) + "\n").encode())
