@@ -19,7 +19,7 @@ from edgevl.benchmarks.workloads import Workload
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.errors import InputError
-from edgevl.runtime.ort_engine import OrtEngine
+from edgevl.runtime.ort_engine import OrtEngine, OrtGraph
 
 __all__ = ["Operator", "operator_shares", "operator_table", "read_trace"]
 
@@ -73,7 +73,8 @@ def operator_shares(bundle: str, work: Workload, threads: int) -> dict[str, list
         prompt = 0
         for number in range(2):
             prompt = runner.request(number).prompt_tokens
-        traces = {role: graph.end_trace() for role, graph in engine.graphs.items()}
+        graphs = {role: graph for role, graph in engine.graphs.items() if isinstance(graph, OrtGraph)}
+        traces = {role: graph.end_trace() for role, graph in graphs.items()}
         chunks = -(-prompt // model.prefill_chunk)
         steps = work.new_tokens - 1
         found: dict[str, list[Operator]] = {}

@@ -34,6 +34,7 @@ _PACKAGES = (
     "jinja2",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "tensorrt",
     "tensorrt-rtx",
     "tensorrt_rtx_cu13",

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgevl.runtime.bundle import Bundle
-from edgevl.runtime.engine import EngineLimits, usable_cores
+from edgevl.runtime.engine import EngineLimits, GraphRunner, usable_cores
 from edgevl.runtime.errors import EngineError, InputError
 from edgevl.runtime.graph_spec import APPENDED, GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
@@ -124,29 +124,29 @@ class OrtEngine:
         with ThreadPoolExecutor(len(bundle.graphs)) as pool:
             opened = dict(zip(bundle.graphs, pool.map(lambda role: self._open(bundle, role), bundle.graphs)))
         release_file_pages([bundle.path(name) for name in bundle.files if name.endswith(".data")])
-        self._graphs: dict[str, OrtGraph] = opened
+        self._graphs: dict[str, GraphRunner] = opened
         self.limits = EngineLimits()
 
-    def _open(self, bundle: Bundle, role: str) -> OrtGraph:
+    def _open(self, bundle: Bundle, role: str) -> GraphRunner:
         graph = bundle.graphs[role]
         trace = None if self._trace is None else self._trace / role
         return OrtGraph(bundle.path(graph.file), graph.spec, self.threads, role == "vision", trace)
 
     @property
-    def graphs(self) -> Mapping[str, OrtGraph]:
+    def graphs(self) -> Mapping[str, GraphRunner]:
         """By role: vision, decoder, and prefill in hybrid bundles."""
         return self._graphs
 
     @property
-    def vision(self) -> OrtGraph:
+    def vision(self) -> GraphRunner:
         return self._graphs["vision"]
 
     @property
-    def decoder(self) -> OrtGraph:
+    def decoder(self) -> GraphRunner:
         return self._graphs["decoder"]
 
     @property
-    def prefill(self) -> OrtGraph:
+    def prefill(self) -> GraphRunner:
         return self._graphs.get("prefill", self.decoder)
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:

@@ -97,7 +97,9 @@ def test_damaged_files(copy: Path) -> None:
 
 def test_engines_by_name(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(tiny.bundle)
-    with pytest.raises(EngineError, match="engine 'gpu' is unknown; expected auto, ort-cpu, ort-cuda, tensorrt"):
+    with pytest.raises(
+        EngineError, match="engine 'gpu' is unknown; expected auto, ort-cpu, openvino, ort-cuda, tensorrt"
+    ):
         open_engine(bundle, "gpu")
     for name in ("ort-cuda", "tensorrt"):
         with pytest.raises(EngineError, match=f"engine '{name}' cannot run here: .*edgevl doctor"):
@@ -105,7 +107,8 @@ def test_engines_by_name(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     engine = open_engine(bundle, "auto", notice=notes.append)
     assert engine.name == "ort-cpu" and len(notes) == 1 and "ort-cpu" in notes[0]
-    assert {s.name: s.usable for s in engine_status()} == {"ort-cpu": True, "ort-cuda": False, "tensorrt": False}
+    usable = {s.name: s.usable for s in engine_status()}
+    assert usable == {"ort-cpu": True, "openvino": usable["openvino"], "ort-cuda": False, "tensorrt": False}
     gone = [EngineStatus(name, False, "gone") for name in engine_module.ENGINES]
     monkeypatch.setattr(engine_module, "engine_status", lambda bundle: gone)
     with pytest.raises(EngineError, match="no engine is usable here: tensorrt: gone; ort-cuda: gone; ort-cpu: gone"):

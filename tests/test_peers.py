@@ -129,6 +129,7 @@ def test_a_process_that_dies_is_a_row_with_its_reason(tmp_path: Path) -> None:
         (("--peers", "abacus"), "peer 'abacus' is unknown; expected some of transformers"),
         (("--peers", "transformers:fp4"), "transformers has no variant 'fp4'; expected one of bf16"),
         (("--peers", "llama_cpp"), "make the peers' environments with `make peers`"),
+        (("--peers", "none", "--engines", "abacus"), "engine 'abacus': expected some of ort-cpu, openvino"),
         (("--workload", "sudoku"), "'sudoku' is not one of"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Ours: a bundle on ONNX Runtime's CPU. `folder` is the bundle; variants are its precisions, by name only."""
+"""Ours: a bundle on the CPU. `folder` is the bundle; a variant is the engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgevl.benchmarks.peers.contract import Answer, Request
 __all__ = ["REQUIREMENTS", "VARIANTS", "BundleModel", "open_model", "prepare"]
 
 REQUIREMENTS: Sequence[str] = ()
-VARIANTS: Mapping[str, str] = {"bundle": "as exported"}
+VARIANTS: Mapping[str, str] = {"ort-cpu": "", "openvino": "vision on OpenVINO"}
 
 
 def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
@@ -32,7 +32,7 @@ class BundleModel:
 
         options = GpuOptions(cuda_graph=cuda_graph)
         self._model = VisionLanguageModel.open(folder, engine, threads=threads, image_cache_mb=0, gpu=options)
-        self.versions = {k: v for k, v in machine().items() if k.startswith(("onnxruntime", "tensorrt"))}
+        self.versions = {k: v for k, v in machine().items() if k.startswith(("onnxruntime", engine.split("-")[0]))}
 
     def answer(self, requests: Sequence[Request], new_tokens: int) -> list[Answer]:
         model, began = self._model, time.perf_counter()
@@ -57,4 +57,4 @@ def _messages(request: Request) -> list[dict[str, Any]]:
 
 
 def open_model(folder: Path, variant: str, threads: int) -> BundleModel:
-    return BundleModel(folder, "ort-cpu", threads)
+    return BundleModel(folder, variant, threads)

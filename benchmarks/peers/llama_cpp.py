@@ -38,10 +38,10 @@ VARIANTS = {
     "Q4_0-vision-Q8_0": "Q4_0 decoder, Q8_0 vision",
 }
 BATCH = 2048  # tokens of a prompt given to one llama_decode
-FLASH = int(os.environ.get("X_FLASH","1"))
-UBATCH = int(os.environ.get("X_UB","512"))
-UNIFIED = bool(int(os.environ.get("X_UNI","0")))
-MODE = int(os.environ.get("X_MODE","0"))
+FLASH = int(os.environ.get("X_FLASH", "1"))
+UBATCH = int(os.environ.get("X_UB", "512"))
+UNIFIED = bool(int(os.environ.get("X_UNI", "0")))
+MODE = int(os.environ.get("X_MODE", "0"))
 STEP = 256  # contexts grow by so many tokens
 
 # The converter knows a tokenizer by a hash of what it makes of a fixed text; that of a random checkpoint is not in its

@@ -29,12 +29,14 @@ from edgevl.benchmarks.workloads import WORKLOADS, Workload, question, workload
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.bundle import MANIFEST, Bundle
 from edgevl.runtime.doctor import cpu_flags, cpu_model
+from edgevl.runtime.engine import engine_status
 from edgevl.runtime.errors import EdgeVLError
 
 __all__ = ["PEERS", "Entrant", "main"]
 
 PEERS = ("transformers", "openvino_genai", "llama_cpp", "mnn", "onnxruntime_genai")
 _OURS = "edgevl_bundle"
+_ENGINE = "ort-cpu"
 _HERE = ("transformers",)  # runs in our own environment
 
 
@@ -50,7 +52,9 @@ class Entrant:
 
     @property
     def name(self) -> str:
-        return f"edgevl {self.folder.name}" if self.module == _OURS else f"{self.module} {self.variant}"
+        if self.module != _OURS:
+            return f"{self.module} {self.variant}"
+        return f"edgevl {self.folder.name}" + ("" if self.variant == _ENGINE else f" {self.variant}")
 
 
 def _worker(entrant: Entrant, *arguments: str) -> list[str]:
@@ -71,14 +75,23 @@ def _run(command: list[str], threads: int, task: str = "") -> str:
     return done.stdout
 
 
-def entrants(chosen: str, bundles: Sequence[Path], out: Path, environments: Path) -> list[Entrant]:
-    """Bundles first, then the peers: `all`, `none`, or names as `llama_cpp` or `llama_cpp:Q4_0` joined by commas.
+def entrants(
+    chosen: str, bundles: Sequence[Path], out: Path, environments: Path, engines: str = _ENGINE
+) -> list[Entrant]:
+    """Bundles on each engine first, then the peers: `all`, `none`, or names as `llama_cpp` or `llama_cpp:Q4_0` joined
+    by commas.
 
     Raises:
-        click.UsageError: an unknown peer or variant, or an environment that is not there.
+        click.UsageError: an unknown engine, peer or variant, or an environment that is not there.
     """
     python = Path(sys.executable)
-    found = [Entrant(_OURS, "bundle", b, python, _kind(b)) for b in bundles]
+    usable = {s.name: s for s in engine_status()}
+    for engine in engines.split(","):
+        if engine not in peer(_OURS).VARIANTS:
+            raise click.UsageError(f"engine {engine!r}: expected some of {', '.join(peer(_OURS).VARIANTS)}")
+        if not usable[engine].usable:
+            raise click.UsageError(f"engine {engine!r} cannot run here: {usable[engine].detail}")
+    found = [Entrant(_OURS, e, b, python, _kind(b, e)) for b in bundles for e in engines.split(",")]
     wanted = {"all": list(PEERS), "none": []}.get(chosen, chosen.split(","))
     for name in wanted:
         module, _, variant = name.partition(":")
@@ -95,11 +108,12 @@ def entrants(chosen: str, bundles: Sequence[Path], out: Path, environments: Path
     return found
 
 
-def _kind(bundle: Path) -> str:
+def _kind(bundle: Path, engine: str) -> str:
     if not (bundle / MANIFEST).exists():
         return ""
     graphs = Bundle.open(bundle).graphs
-    return ", ".join(f"{role} {graph.precision}" for role, graph in graphs.items())
+    precisions = ", ".join(f"{role} {graph.precision}" for role, graph in graphs.items())
+    return "; ".join(t for t in (precisions, peer(_OURS).VARIANTS[engine]) if t)
 
 
 def _prepare(all_entrants: list[Entrant], checkpoint: Path, threads: int) -> Iterator[Entrant]:
@@ -187,6 +201,7 @@ def _head(path: Path, now: dict[str, Any]) -> dict[str, Any]:
     help="May be given several times.",
 )
 @click.option("--new-tokens", type=click.IntRange(2), help="Of every answer [default: the workload's].")
+@click.option("--engines", default=_ENGINE, show_default=True, help="Of the bundles: ort-cpu, openvino.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--repeats", default=2, show_default=True, type=click.IntRange(1), help="Measured answers per process.")
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1))
@@ -204,7 +219,7 @@ def main(checkpoint: Path, bundles: tuple[Path, ...], **options: Any) -> None:
     models.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0))[:threads]
-    listed = entrants(options["chosen"], bundles, models, options["environments"])
+    listed = entrants(options["chosen"], bundles, models, options["environments"], options["engines"])
     head = {
         "processor": cpu_model(), "flags": cpu_flags(), "threads": threads, "checkpoint": checkpoint.name,
         "date": datetime.date.today().isoformat(), "repeats": options["repeats"],
