@@ -21,7 +21,7 @@ from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView
 from edgevl.runtime.ort_engine import OrtEngine, check_signature, release_file_pages
 
-__all__ = ["LEAST_OPENVINO", "OpenVinoEngine", "OpenVinoGraph", "openvino_version"]
+__all__ = ["LEAST_OPENVINO", "OpenVinoEngine", "OpenVinoGraph", "openvino_version", "without_row_scales"]
 
 LEAST_OPENVINO = "2026.4"  # 2025.4 crashes on the encoder; nothing between was tried
 
@@ -39,6 +39,27 @@ def openvino_version() -> str:
     if [int(p) for p in version.split(".")[:2]] < [int(p) for p in LEAST_OPENVINO.split(".")]:
         raise EngineError(f"openvino {version} is too old, {LEAST_OPENVINO} is needed; pip install -U openvino")
     return version
+
+
+def without_row_scales(model: Any) -> int:
+    """Undo, in an openvino.Model, the scaling of rows by which the ONNX Runtime dialect makes a per-tensor kernel round
+    per token: (x / s) W s = x W, and OpenVINO's kernels find their own scales. How many layers it was taken from."""
+    undone = 0
+    for product in [op for op in model.get_ops() if op.get_type_name() == "MatMul"]:
+        scaled = product.input_value(0).get_node()
+        if scaled.get_type_name() != "Divide":
+            continue
+        scale = scaled.input_value(1)
+        if scale.get_node().get_type_name() != "Maximum":
+            continue
+        after = [i.get_node() for i in product.output(0).get_target_inputs()]
+        if len(after) != 1 or after[0].get_type_name() != "Multiply" or scale not in after[0].input_values():
+            continue
+        product.input(0).replace_source_output(scaled.input_value(0))
+        for reader in after[0].output(0).get_target_inputs():
+            reader.replace_source_output(product.output(0))
+        undone += 1
+    return undone
 
 
 class OpenVinoGraph:
@@ -59,7 +80,10 @@ class OpenVinoGraph:
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
         }
         try:
-            self._compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+            core = openvino.Core()
+            model = core.read_model(str(path))
+            without_row_scales(model)
+            self._compiled = core.compile_model(model, "CPU", settings)
         except Exception as e:  # openvino raises RuntimeError for all that it cannot read
             reason = next((line for line in reversed(str(e).splitlines()) if line.strip()), type(e).__name__)
             raise EngineError(f"{path}: openvino {openvino_version()} cannot load it: {reason.strip()}") from None

@@ -17,7 +17,7 @@ from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.engine import open_engine
 from edgevl.runtime.errors import EngineError
-from edgevl.runtime.openvino_engine import LEAST_OPENVINO, OpenVinoGraph, openvino_version
+from edgevl.runtime.openvino_engine import LEAST_OPENVINO, OpenVinoGraph, openvino_version, without_row_scales
 
 pytest.importorskip("openvino")
 
@@ -70,6 +70,15 @@ def test_int8_costs_what_it_costs_on_onnx_runtime(demo_bundles: dict[str, Path])
     onnxruntime = relative(embeds["int8", "ort-cpu"], reference)
     assert onnxruntime > 0
     assert relative(embeds["int8", "openvino"], reference) < 1.5 * onnxruntime
+
+
+def test_rows_are_scaled_by_openvinos_kernels_alone(demo_bundles: dict[str, Path]) -> None:
+    import openvino
+
+    for precision, layers in (("fp32", 0), ("int8", 6 * 4 + 2)):  # qkv, proj, fc1, fc2 of six blocks; the merger's two
+        model = openvino.Core().read_model(str(demo_bundles[precision] / "vision.onnx"))
+        assert without_row_scales(model) == layers
+        assert not layers or not {"Divide", "ReduceMax"} & {op.get_type_name() for op in model.get_ordered_ops()}
 
 
 def test_verify_and_run_on_it(demo_bundles: dict[str, Path], tmp_path: Path) -> None:
