@@ -43,8 +43,10 @@ def test_variants_name_types_of_both_files():
 
 
 def test_a_failed_conversion_leaves_no_model(tmp_path):
-    with pytest.raises(Unsupported, match="llmexport") if importlib.util.find_spec("llmexport") is None else (
-        pytest.raises(subprocess.CalledProcessError)
+    with (
+        pytest.raises(Unsupported, match="llmexport")
+        if importlib.util.find_spec("llmexport") is None
+        else (pytest.raises(subprocess.CalledProcessError))
     ):
         mnn.prepare(tmp_path / "absent", tmp_path / "model", "int4")
     assert not (tmp_path / "model").exists()
