@@ -24,12 +24,11 @@ from edgevl.calibration.dataset import Sample
 from edgevl.calibration.layer_report import LayerReport
 from edgevl.calibration.layers import Watch, merge, vision_block
 from edgevl.calibration.w8a8 import Int8Block, Int8Scheme, Statistics, merger_points, quantize_block, vision_points
-from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.mrope import vision_rotary_rows
 
 if TYPE_CHECKING:
-    from edgevl.calibration.weights import Tensors
+    from edgevl.calibration.weights import Stored, Tensors
 
 __all__ = ["Tower", "block_file", "quantize_tower", "tower_reports"]
 
@@ -113,7 +112,7 @@ def tower_reports(folder: Path, depth: int) -> list[LayerReport]:
 
 
 def quantize_tower(
-    checkpoint: Checkpoint,
+    checkpoint: Stored,
     folder: Path,
     scheme: Int8Scheme,
     streams: Mapping[str, Sequence[Sample]],
@@ -171,7 +170,7 @@ def _between(folder: Path, name: str, tower: Tower, layer: int) -> Activations:
     return Activations(path, tokens, tower.config.hidden_size)
 
 
-def _save(checkpoint: Checkpoint, folder: Path, layer: int, weights: Mapping[str, Tensor], block: Int8Block) -> None:
+def _save(checkpoint: Stored, folder: Path, layer: int, weights: Mapping[str, Tensor], block: Int8Block) -> None:
     """The report, then the tensors: their file says that the block is done."""
     prefix = _prefix(checkpoint, layer)
     tensors = {f"{prefix}.{name}": value for name, value in block.tensors.items()}

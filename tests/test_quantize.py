@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from edgevl.calibration import driver
+from edgevl.calibration import driver, layer_methods
 from edgevl.calibration.dataset import Sample, SampleSource
 from edgevl.calibration.driver import quantize_checkpoint
 from edgevl.calibration.fidelity import DivergenceSum
@@ -283,7 +283,7 @@ def test_bad_input(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.Mo
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(driver, "save_shard", full)
+    monkeypatch.setattr(layer_methods, "save_shard", full)
     with pytest.raises(CheckpointError, match="the disk is full; free some space, then go on with --resume"):
         quantize_checkpoint(DEMO, tmp_path / "q", RECIPES["rtn-int4"], [])
 
