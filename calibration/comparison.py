@@ -1,13 +1,14 @@
 """Two checkpoints of one model side by side on the same samples: every layer's error, and the logits' divergence.
 
 Works from the files alone, so it measures any quantized checkpoint that can be read, ours or another tool's. Two
-decoder layers are in memory at a time. Arithmetic is float32 with dequantized weights; inputs of W8A8 layers are
-rounded as their kernels do, but for the vision encoder's. What a bundle adds (embedding and head in 8 bits, activations
+decoder layers are in memory at a time. Arithmetic is float32 with dequantized weights; inputs of W8A8 layers, also the
+vision encoder's, are rounded as their kernels do. What a bundle adds (embedding and head in 8 bits, activations
 rounded inside weight-only kernels) is not in here: scores of bundles hold it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,10 @@ from edgevl.calibration.dequantized import FloatCheckpoint
 from edgevl.calibration.fidelity import Divergence
 from edgevl.calibration.formats import quantize_channels
 from edgevl.calibration.grids import dequantized, round_to_nearest
-from edgevl.calibration.layers import DECODER_GROUPS, Watch
+from edgevl.calibration.layers import DECODER_GROUPS, MERGER_GROUPS, VISION_GROUPS, Watch
 from edgevl.calibration.rotation import RotatedCheckpoint
 from edgevl.calibration.streams import Streams
+from edgevl.calibration.vision import vision_prefix
 from edgevl.calibration.w8a8 import rounding as rounded_activations
 from edgevl.calibration.weights import Head, Tensors, layer_weights, same_head
 from edgevl.runtime.errors import InputError
@@ -39,6 +41,7 @@ __all__ = [
     "layer_kinds",
     "reference_of",
     "rounding",
+    "vision_rounding",
 ]
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
@@ -121,6 +124,33 @@ def rounding(layers: Mapping[str, QuantizedLayer | None]) -> Watch | None:
     return rounded_activations(scales) if scales else None
 
 
+def vision_rounding(quantized: FloatCheckpoint, block: int) -> Watch | None:
+    """As `rounding`, for a block of the vision encoder; the merger is block `depth`.
+
+    What the engine multiplies an input with is part of the weights that are read: it is taken away again once the
+    input is rounded.
+    """
+    groups = MERGER_GROUPS if block == quantized.config.vision.depth else VISION_GROUPS
+    prefix = vision_prefix(quantized, block)
+    scales: dict[str, float | None] = {}
+    factors: dict[str, Tensor] = {}
+    for point, (name,) in groups.items():
+        layer = quantized.layer(f"{prefix}.{name}")
+        if layer is not None and layer.kind == "int8":
+            scales[point] = layer.input_scale
+            if (pre := quantized.factors(layer)) is not None:
+                factors[point] = torch.from_numpy(pre)
+    if not scales:
+        return None
+    rounded = rounded_activations(scales, factors)
+
+    def watch(point: str, x: Tensor) -> Tensor | None:
+        found = rounded(point, x)
+        return found if found is None or point not in factors else found / factors[point]
+
+    return watch
+
+
 def folded(original: Mapping[str, Tensor], quantized: Mapping[str, Tensor]) -> bool:
     """Whether factors were moved between a layer's tensors: its norms, or a whole weight, are not the original's."""
     for name, value in original.items():
@@ -167,7 +197,8 @@ def compare(
     with torch.inference_mode():
         for name, tensors in (("original", original), ("quantized", quantized)):
             report(0, count + 1, f"pictures ({name})")
-            streams.start(name, tensors)
+            rounds = functools.partial(vision_rounding, tensors) if tensors is quantized else None
+            streams.start(name, tensors, rounds)
         layers: list[LinearReport] = []
         hidden: list[float] = []
         any_folded = False

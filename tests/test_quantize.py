@@ -194,9 +194,11 @@ def test_rounding_is_the_kernels_arithmetic() -> None:
     watch = rounding({"o": None, "down": 2.0}, {"down": torch.tensor([1.0, 1.0, 1000.0])})
     rounded = watch("o", x)
     assert rounded is not None and watch("k", x) is None
-    step = torch.tensor([[1 / 127.5], [1000 / 127.5], [0.0]])
+    # rows divided by their largest reach from -0.5 to 1: 256 codes lie between, 85 of them below zero
+    step = torch.tensor([[1.5 / 255], [1500 / 255], [0.0]])
     assert (rounded - x).abs().le(step * 0.5001 + 1e-6).all() and torch.equal(rounded[2], x[2])
-    assert rounded[0, 2] == 0 and rounded[1, 1] == 0, "each token has a step of its own"
+    assert torch.allclose(rounded / step.clamp_min(1e-9), torch.round(rounded / step.clamp_min(1e-9)), atol=1e-3)
+    assert rounded[0, 1] == -0.5 and rounded[1, 1] != 0 and rounded[1, 1] != 3.0, "each token has a step of its own"
     fixed = watch("down", x)
     assert fixed is not None and fixed.tolist() == [[0.0, 0.0, 4.0], [254.0, 4.0, 0.0], [0.0, 0.0, 0.0]]
 

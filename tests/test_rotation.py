@@ -286,7 +286,7 @@ def test_recipes_gain_from_rotation(
                 units = units_of(b, "group")[:2]
                 alone = sensitivities(a, b, samples[:2], units, tmp_path)
                 assert all(0 < s.kl < 2 * report.divergence.kl for s in alone)
-            assert kind == "none" or max(result.hidden_errors) < 0.5
+            assert kind == "none" or max(result.hidden_errors) < 0.8
         found[kind] = report.divergence.kl
     assert found["r1+r2"] < most * found["none"], found
 
