@@ -45,11 +45,12 @@ wheel: $(VENV)/.ready
 CHECKPOINT ?= out/bench/2b
 BUNDLES ?= out/bench/int4 out/bench/hybrid
 PEERS ?= transformers
+ENGINES ?= ort-cpu
 bench: $(VENV)/.ready
 	test -e $(CHECKPOINT) || $(BIN)/python -m edgevl.benchmarks.random_checkpoint $(CHECKPOINT) --shape 2b
 	for b in $(BUNDLES); do test -e $$b || $(BIN)/edgevl export $(CHECKPOINT) -o $$b \
 		--precision $$(basename $$b) --no-verify || exit 1; done
-	$(BIN)/python -m edgevl.benchmarks.peers $(CHECKPOINT) $(BUNDLES) --peers $(PEERS)
+	$(BIN)/python -m edgevl.benchmarks.peers $(CHECKPOINT) $(BUNDLES) --peers $(PEERS) --engines $(ENGINES)
 
 # An environment for every other program (llama.cpp is compiled: minutes); then `make bench PEERS=all`.
 PEER_NAMES = openvino_genai llama_cpp mnn onnxruntime_genai

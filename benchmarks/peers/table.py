@@ -72,7 +72,9 @@ def tables(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str])
     parts = [_head(rows, head, contenders)]
     for name, description in head["workloads"].items():
         there = _asked(rows, name, contenders)
-        parts += [f"### {name}: {description}", _figures(rows, name, there), _ratios(rows, name, there)]
+        rounds = len({r.round for r in rows if r.workload == name})
+        title = f"### {name}: {description}; {rounds} rounds of {head['repeats']} requests"
+        parts += [title, _figures(rows, name, there), _ratios(rows, name, there)]
         parts += _remarks(rows, name, there)
     return "\n\n".join(p for p in parts if p)
 
@@ -85,10 +87,9 @@ def _asked(rows: Sequence[Row], workload: str, contenders: Sequence[str]) -> lis
 def _head(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str]) -> str:
     versions = {c: next((r.measured.versions for r in rows if r.measured.contender == c), {}) for c in contenders}
     said = sorted({f"{package} {version}" for v in versions.values() for package, version in v.items()})
-    rounds = len({r.round for r in rows})
     return (
         f"{head['date']}, {head['processor']} ({', '.join(head['flags'])}), {head['threads']} threads, checkpoint "
-        f"{head['checkpoint']}, {rounds} rounds of {head['repeats']} requests; median (min–max).\n{', '.join(said)}."
+        f"{head['checkpoint']}; median (min–max).\n{', '.join(said)}."
         + "".join(f"\n- {name}: {kind}" for name, kind in head.get("contenders", {}).items())
     )
 
@@ -135,9 +136,9 @@ def plot(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str], p
     pyplot = importlib.import_module("matplotlib.figure")
     shown = ("ttft_s", "decode_tokens_per_s", "total_tokens_per_s", "peak_mb")
     works = list(head["workloads"])
-    height = 1.1 + 0.24 * len(contenders)
-    figure = pyplot.Figure(figsize=(15, height * len(works)), layout="constrained")
-    axes = figure.subplots(len(works), len(shown), squeeze=False)
+    heights = [1.1 + 0.24 * len(_asked(rows, w, contenders)) for w in works]
+    figure = pyplot.Figure(figsize=(15, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(works), len(shown), squeeze=False, height_ratios=heights)
     for line, work in zip(axes, works):
         for axis, metric in zip(line, shown):
             _bars(axis, {c: _pooled(rows, work, c, metric) for c in _asked(rows, work, contenders)})
