@@ -69,7 +69,7 @@ def main() -> None:
     print(f"exported demo/model to {short(OUT)}/bundle: {size:.1f} MB in {report.seconds:.1f} s\n")
     cases = json.loads((HERE / "pictures" / "cases.json").read_text(encoding="utf-8"))
     rows, drawn, right = [], [], 0
-    with VisionLanguageModel.open(OUT / "bundle", "ort-cpu") as model:
+    with VisionLanguageModel.open(OUT / "bundle", "ort-cpu", image_cache_mb=0) as model:
         model.generate([message(cases[0])], max_new_tokens=2)  # warm-up
         for case in cases:
             answer = model.generate([message(case)], max_new_tokens=64)

@@ -49,8 +49,8 @@ def rounded_by_hand(x: torch.Tensor, scale: float | None) -> torch.Tensor:
     model = make.make_model(graph, opset_imports=[make.make_opsetid("", 13)], ir_version=8)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     largest = x.abs().amax(1, keepdim=True)
-    y, step, zero = session.run(None, {"x": (x / largest).numpy()})
-    return torch.from_numpy((y.astype(np.float32) - np.float32(zero)) * step) * largest
+    y, step, zero = (np.asarray(v, np.float32) for v in session.run(None, {"x": (x / largest).numpy()}))
+    return torch.from_numpy((y - zero) * step) * largest
 
 
 @pytest.mark.parametrize("vision", ["int8", "int8-static"])
@@ -79,8 +79,9 @@ def test_vision_activations_are_rounded(vision: str, tmp_path: Path) -> None:
     assert report.divergence is not None and found.tokens == report.divergence.tokens
     assert found.kl == pytest.approx(report.divergence.kl, rel=0.02)
     logits = []
-    for folder, precision in ((DEMO, {"precision": "fp32"}), (tmp_path / "q", {"decoder_precision": "fp32"})):
-        export_bundle(folder, tmp_path / f"b-{len(logits)}", ExportOptions(**precision))
+    plain, quantized = ExportOptions(precision="fp32"), ExportOptions(decoder_precision="fp32")
+    for folder, options in ((DEMO, plain), (tmp_path / "q", quantized)):
+        export_bundle(folder, tmp_path / f"b-{len(logits)}", options)
         logits.append(list(conversation_logits(tmp_path / f"b-{len(logits)}", asked)))
     engine = divergence(logits[0], iter(logits[1]))
     assert engine.tokens == found.tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -56,7 +56,7 @@ class Scripted:
     """A contender whose answers are written down."""
 
     def __init__(self, *round_trips: list[Answer]) -> None:
-        self.versions = {"scripted": "1"}
+        self.versions: Mapping[str, str] = {"scripted": "1"}
         self.asked: list[list[Request]] = []
         self._trips = iter(round_trips)
 

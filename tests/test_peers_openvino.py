@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,8 @@ def test_prompts_are_the_chat_template_filled_in() -> None:
 def test_placeholders_of_a_picture_are_single_tokens() -> None:
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     ids = tokenizer.encode(onnxruntime_genai.prompt(Request((b"", b""), "a"), [5, 7])).ids
-    assert ids.count(tokenizer.token_to_id("<|image_pad|>")) == 12
+    placeholder = tokenizer.token_to_id("<|image_pad|>")
+    assert placeholder is not None and ids.count(placeholder) == 12
 
 
 def test_text_config_is_the_decoder_of_the_checkpoint() -> None:
@@ -59,5 +61,5 @@ def test_text_config_is_the_decoder_of_the_checkpoint() -> None:
     ):  # fmt: skip
         assert getattr(given, name) == getattr(decoder, name), name
     assert given.tie_word_embeddings
-    assert given.rope_parameters["rope_theta"] == 1_000_000.0
-    assert given.rope_parameters["rope_type"] == "default"
+    rope: Any = given.rope_parameters
+    assert rope["rope_theta"] == 1_000_000.0 and rope["rope_type"] == "default"

@@ -253,7 +253,8 @@ def outlier_checkpoint(folder: Path) -> Path:
     loud: what 4 bits in groups cannot hold, and one step per token neither."""
     model = random_model(seed=7, hidden_size=128, intermediate_size=256)
     for layer in model.model.language_model.layers:
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        norms: Any = (layer.input_layernorm, layer.post_attention_layernorm)
+        for norm in norms:
             norm.weight.data[[3, 60]] *= 40
     return save_checkpoint(model, folder)
 
