@@ -46,9 +46,9 @@ VARIANTS = {
     "int8": "decoder int8 per channel, vision int8; 8-bit KV cache",
 }
 PROPERTIES = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-# The decoder's activations are quantized in groups, of 32 unless told otherwise. Groups as long as the weights' take 0.8
-# of the time to the first token, longer ones turn it off. The vision encoder's stay in bfloat16 where the processor has
-# it, whatever is set here.
+# Activations of the decoder are quantized in groups, of 32 unless told otherwise. Groups as long as those of the weights
+# take 0.8 of the time to the first token, longer ones turn it off. In the vision encoder they stay bfloat16 where the
+# processor has it, whatever is set here.
 GROUPS = {"int4": 128, "int8": 640}
 BATCHED_TOKENS = 8192  # prompts of all requests prefilled in one step
 
