@@ -46,20 +46,24 @@ VARIANTS = {
     "int8": "decoder int8 per channel, vision int8; 8-bit KV cache",
 }
 PROPERTIES = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-# Activations of the decoder are quantized in groups, of 32 unless told otherwise. Groups as long as those of the weights
-# take 0.8 of the time to the first token, longer ones turn it off. In the vision encoder they stay bfloat16 where the
+# Activations of the decoder are quantized in groups, of 32 unless told otherwise. Groups as long as the weights' take
+# 0.8 of the time to the first token, longer ones turn it off. In the vision encoder they stay bfloat16 where the
 # processor has it, whatever is set here.
 GROUPS = {"int4": 128, "int8": 640}
 BATCHED_TOKENS = 8192  # prompts of all requests prefilled in one step
 
-# optimum-intel wants torchvision, of which the registry has a CUDA build only. Its operators do not load beside a CPU
-# build of torch; importing it only asks that two of them be declared, and the export calls none.
+# optimum-intel wants torchvision, of which the registry has a build for CUDA only. Its operators do not load beside a
+# CPU build of torch; importing it then asks that two of them be declared, and the export calls none.
 _EXPORT = """
 import sys, torch
-library = torch.library.Library("torchvision", "FRAGMENT")
-for name in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, name):
+try:
+    import torchvision
+except RuntimeError:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
         library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
 from optimum.commands.optimum_cli import main
 main()
 """
