@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,8 +45,7 @@ def test_prompts_are_the_chat_template_filled_in() -> None:
 def test_placeholders_of_a_picture_are_single_tokens() -> None:
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     ids = tokenizer.encode(onnxruntime_genai.prompt(Request((b"", b""), "a"), [5, 7])).ids
-    placeholder = tokenizer.token_to_id("<|image_pad|>")
-    assert placeholder is not None and ids.count(placeholder) == 12
+    assert [tokenizer.id_to_token(i) for i in ids].count("<|image_pad|>") == 12
 
 
 def test_text_config_is_the_decoder_of_the_checkpoint() -> None:
@@ -61,5 +59,4 @@ def test_text_config_is_the_decoder_of_the_checkpoint() -> None:
     ):  # fmt: skip
         assert getattr(given, name) == getattr(decoder, name), name
     assert given.tie_word_embeddings
-    rope: Any = given.rope_parameters
-    assert rope["rope_theta"] == 1_000_000.0 and rope["rope_type"] == "default"
+    assert given.to_dict()["rope_parameters"] == {"rope_theta": 1_000_000.0, "rope_type": "default"}

@@ -1,8 +1,7 @@
 """OpenVINO GenAI: optimum-intel exports and compresses, its pipeline of continuous batching answers.
 
-That pipeline is what VLMPipeline wraps on a CPU; used itself, it takes several requests, and settings for the vision
-encoder apart from the decoder's. VLMPipeline with SDPA in place of paged attention took 1.17 of its time per token and
-the same up to the first.
+That pipeline is what VLMPipeline wraps on a CPU; used itself it takes several requests. VLMPipeline with SDPA in place
+of paged attention took 1.17 of its time per token and the same up to the first.
 
 The exporter's own defaults for `--weight-format`: decoder in int4 (asymmetric, groups of 128; int8 output layer) or
 int8, vision encoder and embeddings in int8 (per channel) either way.
@@ -47,18 +46,24 @@ VARIANTS = {
     "int8": "decoder int8 per channel, vision int8; 8-bit KV cache",
 }
 PROPERTIES = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-# Activations are quantized in groups (decoder, vision): the default is 32; longer ones than the weights' turn it off.
-GROUPS = {"int4": (128, 640), "int8": (640, 640)}
+# Activations of the decoder are quantized in groups, of 32 unless told otherwise. Groups as long as the weights' take
+# 0.8 of the time to the first token, longer ones turn it off. In the vision encoder they stay bfloat16 where the
+# processor has it, whatever is set here.
+GROUPS = {"int4": 128, "int8": 640}
 BATCHED_TOKENS = 8192  # prompts of all requests prefilled in one step
 
-# optimum-intel wants torchvision, of which the registry has a CUDA build only. Its operators do not load beside a CPU
-# build of torch; importing it only asks that two of them be declared, and the export calls none.
+# optimum-intel wants torchvision, of which the registry has a build for CUDA only. Its operators do not load beside a
+# CPU build of torch; importing it then asks that two of them be declared, and the export calls none.
 _EXPORT = """
 import sys, torch
-library = torch.library.Library("torchvision", "FRAGMENT")
-for name in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, name):
+try:
+    import torchvision
+except RuntimeError:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
         library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
 from optimum.commands.optimum_cli import main
 main()
 """
@@ -88,13 +93,15 @@ class _OpenVINO:
         self._genai: Any = importlib.import_module("openvino_genai")
         self._tensor: Any = importlib.import_module("openvino").Tensor
         self.versions = {name: version(name) for name in ("openvino", "openvino-genai", "optimum-intel", "nncf")}
-        decoder, vision = (
-            {**PROPERTIES, "INFERENCE_NUM_THREADS": threads, "DYNAMIC_QUANTIZATION_GROUP_SIZE": size}
-            for size in GROUPS[variant]
-        )
+        properties = {
+            **PROPERTIES,
+            "INFERENCE_NUM_THREADS": threads,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUPS[variant],
+        }
         scheduler = self._genai.SchedulerConfig()
         scheduler.max_num_batched_tokens = BATCHED_TOKENS
-        self._pipeline: Any = self._genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", decoder, {}, vision)
+        create = self._genai.ContinuousBatchingPipeline
+        self._pipeline: Any = create(str(folder), scheduler, "CPU", properties, {}, properties)
 
     def answer(self, requests: Sequence[Request], new_tokens: int) -> list[Answer]:
         """Pictures are encoded as requests are added, one after the other; all prompts are prefilled in one step."""
