@@ -15,7 +15,7 @@ from edgevl.calibration.dataset import Sample, SampleSource, read_conversations
 from edgevl.calibration.driver import QuantizeReport, check_output, quantize_checkpoint
 from edgevl.calibration.fidelity_command import measure_options, progress_bar, summary, wanted
 from edgevl.calibration.page import write_page
-from edgevl.calibration.recipes import RECIPES, VISION_RECIPES, Recipe, recipe
+from edgevl.calibration.recipes import RECIPES, ROTATIONS, VISION_RECIPES, Recipe, recipe
 from edgevl.calibration.report import FIDELITY, FidelityReport, Wanted, check_gates, measure, write_report
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.commands import note
@@ -56,8 +56,17 @@ _SCRATCH = "fidelity.partial"  # inside the unpublished folder: hidden states an
 @click.option(
     "--kv-cache", default="float", show_default=True, metavar="K", help="int8 adds the scales of an INT8 KV cache."
 )
+@click.option(
+    "--rotate", default="none", show_default=True, metavar="R", help=f"First, exactly: {', '.join(ROTATIONS[1:])}."
+)
 @click.option("--max-pixels", type=int, help="Shrink pictures to at most this many pixels.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Which pictures, in which order.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Which pictures, in which order; and of --rotate.",
+)
 @click.option("--auto", is_flag=True, help="Keep the most sensitive layers at more bits until --max-kl holds.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed.")
 @measure_options
@@ -71,7 +80,7 @@ def quantize(checkpoint: str, output: str, recipe_name: str, images: str | None,
     Example:
       edgevl quantize Qwen2-VL-2B-Instruct -o 2b-gptq --recipe gptq-int4 --images photos
     """
-    keys = ("asymmetric", "true_sequential", "visual_weight", "kv_cache", "vision", "alpha")
+    keys = ("asymmetric", "true_sequential", "visual_weight", "kv_cache", "vision", "alpha", "rotate", "seed")
     chosen = recipe(recipe_name, options["group_size"], **{k: options[k] for k in keys})
     asked = wanted(options)
     _check(chosen, asked, images, options["auto"])

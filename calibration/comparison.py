@@ -1,13 +1,14 @@
 """Two checkpoints of one model side by side on the same samples: every layer's error, and the logits' divergence.
 
 Works from the files alone, so it measures any quantized checkpoint that can be read, ours or another tool's. Two
-decoder layers are in memory at a time. Arithmetic is float32 with dequantized weights; inputs of W8A8 layers are
-rounded as their kernels do, but for the vision encoder's. What a bundle adds (embedding and head in 8 bits, activations
+decoder layers are in memory at a time. Arithmetic is float32 with dequantized weights; inputs of W8A8 layers, also the
+vision encoder's, are rounded as their kernels do. What a bundle adds (embedding and head in 8 bits, activations
 rounded inside weight-only kernels) is not in here: scores of bundles hold it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +22,27 @@ from edgevl.calibration.dequantized import FloatCheckpoint
 from edgevl.calibration.fidelity import Divergence
 from edgevl.calibration.formats import quantize_channels
 from edgevl.calibration.grids import dequantized, round_to_nearest
-from edgevl.calibration.layers import DECODER_GROUPS, Watch
+from edgevl.calibration.layers import DECODER_GROUPS, MERGER_GROUPS, VISION_GROUPS, Watch
+from edgevl.calibration.rotation import RotatedCheckpoint
 from edgevl.calibration.streams import Streams
+from edgevl.calibration.vision import vision_prefix
 from edgevl.calibration.w8a8 import rounding as rounded_activations
-from edgevl.calibration.weights import Head, layer_weights, same_head
+from edgevl.calibration.weights import Head, Tensors, layer_weights, same_head
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.schemes import QuantizedLayer
 
-__all__ = ["Comparison", "LinearReport", "check_pair", "compare", "folded", "heads_of", "layer_kinds", "rounding"]
+__all__ = [
+    "Comparison",
+    "LinearReport",
+    "check_pair",
+    "compare",
+    "folded",
+    "heads_of",
+    "layer_kinds",
+    "reference_of",
+    "rounding",
+    "vision_rounding",
+]
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
 _SAME_NORM = 0.02  # of its size: float16 and bfloat16 round by less, folded factors change more
@@ -72,9 +86,15 @@ def check_pair(original: FloatCheckpoint, quantized: FloatCheckpoint) -> None:
             f"{original.folder}: already quantized ({original.stored.quantization.method}); give the original "
             "checkpoint first"
         )
-    if quantized.stored.quantization is None:
+    if quantized.stored.quantization is None and quantized.stored.rotation is None:
         raise InputError(
             f"{quantized.folder}: not quantized; give the original checkpoint first, the quantized one last"
+        )
+    first, second = original.stored.rotation, quantized.stored.rotation
+    if first is not None and first != second:
+        raise InputError(
+            f"{original.folder}: rotated ({first}), which {quantized.folder} is not in the same way ({second}); "
+            "give the checkpoint that it was made from"
         )
     # the head may have been untied, with the same numbers
     ours, theirs = ((c.vision, replace(c.text, tie_word_embeddings=False)) for c in (original.config, quantized.config))
@@ -83,6 +103,14 @@ def check_pair(original: FloatCheckpoint, quantized: FloatCheckpoint) -> None:
             f"{quantized.folder}: its config.json describes another model than {original.folder}'s; "
             "give the checkpoint that it was made from"
         )
+
+
+def reference_of(original: FloatCheckpoint, quantized: FloatCheckpoint) -> Tensors:
+    """The original whose layers compute what those of `quantized` do: rotated, where that one says that it was."""
+    rotation = quantized.stored.rotation
+    if rotation is None or rotation == original.stored.rotation:
+        return original
+    return RotatedCheckpoint(original.stored, rotation["kind"], rotation["seed"])
 
 
 def rounding(layers: Mapping[str, QuantizedLayer | None]) -> Watch | None:
@@ -96,6 +124,33 @@ def rounding(layers: Mapping[str, QuantizedLayer | None]) -> Watch | None:
     return rounded_activations(scales) if scales else None
 
 
+def vision_rounding(quantized: FloatCheckpoint, block: int) -> Watch | None:
+    """As `rounding`, for a block of the vision encoder; the merger is block `depth`.
+
+    What the engine multiplies an input with is part of the weights that are read: it is taken away again once the
+    input is rounded.
+    """
+    groups = MERGER_GROUPS if block == quantized.config.vision.depth else VISION_GROUPS
+    prefix = vision_prefix(quantized, block)
+    scales: dict[str, float | None] = {}
+    factors: dict[str, Tensor] = {}
+    for point, (name,) in groups.items():
+        layer = quantized.layer(f"{prefix}.{name}")
+        if layer is not None and layer.kind == "int8":
+            scales[point] = layer.input_scale
+            if (pre := quantized.factors(layer)) is not None:
+                factors[point] = torch.from_numpy(pre)
+    if not scales:
+        return None
+    rounded = rounded_activations(scales, factors)
+
+    def watch(point: str, x: Tensor) -> Tensor | None:
+        found = rounded(point, x)
+        return found if found is None or point not in factors else found / factors[point]
+
+    return watch
+
+
 def folded(original: Mapping[str, Tensor], quantized: Mapping[str, Tensor]) -> bool:
     """Whether factors were moved between a layer's tensors: its norms, or a whole weight, are not the original's."""
     for name, value in original.items():
@@ -105,7 +160,7 @@ def folded(original: Mapping[str, Tensor], quantized: Mapping[str, Tensor]) -> b
     return False
 
 
-def heads_of(original: FloatCheckpoint, quantized: FloatCheckpoint) -> tuple[Head, Head]:
+def heads_of(original: Tensors, quantized: Tensors) -> tuple[Head, Head]:
     """One head in memory where both have the same: with the released vocabulary it is the largest tensor."""
     first = Head(original)
     return first, first if same_head(original, quantized) else Head(quantized)
@@ -137,25 +192,28 @@ def compare(
     count = original.config.text.num_hidden_layers
     if not samples:
         return Comparison(tuple(r for i in range(count) for r in _plain_reports(quantized, i)), (), (), False)
+    reference = reference_of(original, quantized)
     streams = Streams(samples, original.config.text, scratch)
     with torch.inference_mode():
         for name, tensors in (("original", original), ("quantized", quantized)):
             report(0, count + 1, f"pictures ({name})")
-            streams.start(name, tensors)
+            rounds = functools.partial(vision_rounding, tensors) if tensors is quantized else None
+            streams.start(name, tensors, rounds)
         layers: list[LinearReport] = []
         hidden: list[float] = []
         any_folded = False
         for i in range(count):
             report(i, count + 1, f"layer {i}")
-            before, after = layer_weights(original, i), layer_weights(quantized, i)
+            before, after = layer_weights(reference, i), layer_weights(quantized, i)
             kinds = layer_kinds(quantized, i)
             moved = folded(before, after)
             any_folded |= moved
             watch = _Errors(before, after, kinds, quantized, rounding(kinds), measured=not moved)
-            streams.advance("original", before, where=f"original, model.layers.{i}")
+            plain = before if reference is original else layer_weights(original, i)
+            streams.advance("original", plain, where=f"original, model.layers.{i}")
             streams.advance("quantized", after, watch, where=f"quantized, model.layers.{i}")
             layers += [watch.report(r) for r in _plain_reports(quantized, i)]
-            hidden.append(_hidden_error(streams))
+            hidden.append(_hidden_error(streams, reference))
         report(count, count + 1, "logits")
         conversations = streams.divergences("original", "quantized", heads_of(original, quantized))
         for name in ("original", "quantized"):
@@ -163,10 +221,12 @@ def compare(
     return Comparison(tuple(layers), tuple(hidden), tuple(conversations), any_folded)
 
 
-def _hidden_error(streams: Streams) -> float:
+def _hidden_error(streams: Streams, reference: Tensors) -> float:
     """Token by token, because the first one's activations are a thousand times the others'."""
     total, tokens = 0.0, 0
     for h, other in zip(streams.read("original"), streams.read("quantized")):
+        if isinstance(reference, RotatedCheckpoint) and reference.residual is not None:
+            h = torch.from_numpy(reference.residual(h.numpy()))
         shares = (other - h).square().sum(-1) / h.square().sum(-1).clamp_min(1e-30)
         total, tokens = total + float(shares.double().sum()), tokens + len(h)
     return total / tokens

@@ -59,10 +59,10 @@ class FloatCheckpoint:
             q = self._reader.channels(layer)
             weight = q.codes.astype(np.float32) * q.scales[:, None]
             # The weight of the input as it comes, before the factors that the engine multiplies it with.
-            return weight if (factors := self._factors(layer)) is None else weight * factors
+            return weight if (factors := self.factors(layer)) is None else weight * factors
         return np.concatenate([dequantize_blocks(part) for part in self._reader.blocks(layer)])
 
-    def _factors(self, layer: QuantizedLayer) -> np.ndarray | None:
+    def factors(self, layer: QuantizedLayer) -> np.ndarray | None:
         """[K]: pre_quant_scale of a W8A8 layer, None where it has none."""
         entry = layer.entries.get("pre_quant_scale")
         if entry is None:

@@ -13,42 +13,36 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from edgevl.calibration.activations import Activations
 from edgevl.calibration.dataset import Sample
 from edgevl.calibration.fidelity import Divergence, DivergenceSum
-from edgevl.calibration.formats import BlockQuantized
-from edgevl.calibration.gptq import HessianAccumulator, gptq_quantize, output_error, token_weights
-from edgevl.calibration.grids import dequantized, round_to_nearest
-from edgevl.calibration.kv_cache import CacheWatch, chained, rounded_cache
+from edgevl.calibration.layer_methods import quantize_layer
 from edgevl.calibration.layer_report import LayerReport
-from edgevl.calibration.layers import DECODER_GROUPS, Watch, decoder_layer
-from edgevl.calibration.output import as_stored, pack_blocks, save_shard, shard_name, write_rest
-from edgevl.calibration.recipes import PLAIN, Recipe
+from edgevl.calibration.output import write_rest
+from edgevl.calibration.recipes import Recipe
+from edgevl.calibration.rotation import RotatedCheckpoint
+from edgevl.calibration.run import Progress, Run, replace_file
 from edgevl.calibration.vision import block_file, quantize_tower, tower_reports
-from edgevl.calibration.w8a8 import Int8Scheme, Statistics, decoder_points, quantize_block
-from edgevl.calibration.weights import Head, embed_samples, layer_weights
+from edgevl.calibration.w8a8 import Int8Scheme
+from edgevl.calibration.weights import Head, Stored, embed_samples
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.errors import CheckFailedError, CheckpointError, InputError
-from edgevl.runtime.mrope import rotary_rows
 
-__all__ = ["REPORT", "LayerReport", "QuantizeReport", "check_output", "fingerprint", "quantize_checkpoint"]
+__all__ = ["REPORT", "LayerReport", "Progress", "QuantizeReport", "check_output", "fingerprint", "quantize_checkpoint"]
 
 REPORT = "edgevl_quantize.json"
 _ROWS = 32  # of logits at once: 20 MB with the released vocabulary
 _WORK = ("*.npy", "layer-*.json", "vision-*.json", "vision-*.block")  # what a finished run takes away
 _ACTIVATIONS: dict[str, Literal["token", "tensor"]] = {"int8": "token", "int8-static": "tensor"}
-Progress = Callable[[int, int, str], None]  # layers done, layers in all, what is being done
 Judge = Callable[[Path], None]  # of a complete folder that is not published yet
-Begin = Callable[[Sample, Tensor, Tensor], None]  # the sample, and its rotary rows
 
 
 @dataclass(frozen=True)
@@ -102,13 +96,15 @@ def quantize_checkpoint(
     with Checkpoint.open(source) as checkpoint:
         _check_recipe(checkpoint, recipe, samples, held_out, max_kl)
         folder = target.with_name(f".{target.name}.partial")
-        run = _Run(checkpoint, folder, recipe, samples, held_out, progress or (lambda *_: None))
+        rotated = recipe.rotate != "none"
+        given = RotatedCheckpoint(checkpoint, recipe.rotate, recipe.rotate_seed) if rotated else checkpoint
+        run = Run(given, folder, recipe, samples, held_out, progress or (lambda *_: None))
         try:
             with torch.inference_mode():
                 _prepare(run, resume)
                 for layer in range(run.layers):
                     if not run.shard(layer).exists():
-                        _quantize_layer(run, layer)
+                        quantize_layer(run, layer)
                 divergence = _divergence(run)
             _gate(run, divergence, max_kl)
             layers = tuple(r for i in range(run.layers) for r in run.reports(i))
@@ -116,7 +112,7 @@ def quantize_checkpoint(
                 layers += tuple(tower_reports(folder, checkpoint.config.vision.depth))
             tokens = sum(len(s.ids) for s in samples)
             blocks = [block_file(folder, i) for i in range(checkpoint.config.vision.depth + 1)]
-            write_rest(checkpoint, folder, run.layers, recipe, blocks if recipe.vision != "none" else ())
+            write_rest(given, folder, run.layers, recipe, blocks if recipe.vision != "none" else ())
             if judge is not None:
                 _judge(folder, judge)
             size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -128,66 +124,6 @@ def quantize_checkpoint(
                 raise CheckpointError(f"{target}: cannot be written ({e})") from None
             raise CheckpointError(f"{target}: the disk is full; free some space, then go on with --resume") from None
     return report
-
-
-@dataclass
-class _Run:
-    """One run's state: where it works, on what."""
-
-    checkpoint: Checkpoint
-    folder: Path
-    recipe: Recipe
-    samples: Sequence[Sample]
-    held_out: Sequence[Sample]
-    progress: Progress
-    rotary: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    @property
-    def layers(self) -> int:
-        return self.checkpoint.config.text.num_hidden_layers
-
-    @property
-    def streams(self) -> dict[str, Sequence[Sample]]:
-        """Hidden states that are carried along: the samples, and the held-out ones through both models."""
-        streams = {"samples": self.samples, "original": self.held_out, "quantized": self.held_out}
-        if not (self.recipe.watches_decoder or self.recipe.kv_cache):
-            del streams["samples"]
-        return {name: some for name, some in streams.items() if some}
-
-    def shard(self, layer: int) -> Path:
-        return self.folder / shard_name(layer, self.layers)
-
-    def hidden(self, stream: str, layer: int) -> Activations:
-        """What enters `layer` (or the final norm)."""
-        lengths = [len(s.ids) for s in self.streams[stream]]
-        path = self.folder / f"{stream}-{layer:03d}.npy"
-        return Activations(path, lengths, self.checkpoint.config.text.hidden_size)
-
-    def outputs(
-        self,
-        stream: str,
-        layer: int,
-        weights: Mapping[str, Tensor],
-        watch: Watch | None = None,
-        begin: Begin | None = None,
-    ) -> Iterator[Tensor]:
-        """Outputs of one layer, sample by sample; `begin` is told of each before."""
-        extra: dict[str, Any] = {} if watch is None else {"watch": watch}
-        for sample, hidden in zip(self.streams[stream], self.hidden(stream, layer).read()):
-            cos, sin = self._rows(sample)
-            if begin is not None:
-                begin(sample, cos, sin)
-            yield decoder_layer(hidden, weights, cos, sin, self.checkpoint.config.text, **extra)
-
-    def reports(self, layer: int) -> list[LayerReport]:
-        rows = json.loads((self.folder / f"layer-{layer:03d}.json").read_text(encoding="utf-8"))
-        return [LayerReport(**row) for row in rows]
-
-    def _rows(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        if id(sample) not in self.rotary:
-            cos, sin = rotary_rows(sample.positions, self.checkpoint.config.text)
-            self.rotary[id(sample)] = torch.from_numpy(cos), torch.from_numpy(sin)
-        return self.rotary[id(sample)]
 
 
 # ---------------------------------------------------------------------- before
@@ -208,6 +144,11 @@ def _check_recipe(
         raise InputError(
             f"{checkpoint.folder}: already quantized ({checkpoint.quantization.method}); give the original checkpoint"
         )
+    if recipe.rotate != "none" and checkpoint.rotation is not None:
+        raise InputError(
+            f"{checkpoint.folder}: already rotated ({checkpoint.rotation['kind']}); leave --rotate away, or give the "
+            "original checkpoint"
+        )
     if recipe.needs_samples and not samples:
         raise InputError(
             f"recipe {recipe.name!r} calibrates on samples, none were given; pass pictures or conversations"
@@ -225,7 +166,7 @@ def _check_recipe(
 
 
 def fingerprint(
-    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample], held_out: Sequence[Sample]
+    checkpoint: Stored, recipe: Recipe, samples: Sequence[Sample], held_out: Sequence[Sample]
 ) -> dict[str, Any]:
     """What must be equal for a run to go on: the recipe, the weights' files and the samples. JSON."""
     digest = hashlib.sha256()
@@ -238,7 +179,7 @@ def fingerprint(
     return {"recipe": asdict(recipe), "weights": files, "samples": digest.hexdigest(), "layers": layers}
 
 
-def _prepare(run: _Run, resume: bool) -> None:
+def _prepare(run: Run, resume: bool) -> None:
     """The working folder with the hidden states that enter the first layer, or that of a run to go on with."""
     state = run.folder / "state.json"
     wanted = fingerprint(run.checkpoint, run.recipe, run.samples, run.held_out)
@@ -252,7 +193,7 @@ def _prepare(run: _Run, resume: bool) -> None:
                 f"{run.folder}: was begun with other {', '.join(different)}; run without --resume to start over"
             )
     run.folder.mkdir(exist_ok=True)
-    _replace(state, json.dumps(wanted))
+    replace_file(state, json.dumps(wanted))
     if any(run.shard(i).exists() for i in range(run.layers)):
         return
     embeds = _quantize_vision(run) if run.recipe.vision != "none" else {}
@@ -266,152 +207,17 @@ def _prepare(run: _Run, resume: bool) -> None:
         stream.remove()
 
 
-def _quantize_vision(run: _Run) -> dict[str, Activations]:
+def _quantize_vision(run: Run) -> dict[str, Activations]:
     """The vision encoder's blocks into the working folder; image embeddings by stream."""
     scheme = Int8Scheme(_ACTIVATIONS[run.recipe.vision], run.recipe.vision_alpha)
     streams = {"samples": run.samples, **run.streams}
     return quantize_tower(run.checkpoint, run.folder, scheme, streams, lambda what: run.progress(0, run.layers, what))
 
 
-# ---------------------------------------------------------------------- one layer
-
-
-class _Observed:
-    """The Hessians that a recipe needs of the inputs of one layer's linear layers, by point of DECODER_GROUPS."""
-
-    def __init__(self, recipe: Recipe, layer: int, points: Sequence[str] = tuple(DECODER_GROUPS)) -> None:
-        self._layer, self._points, self._recipe = layer, points, recipe
-        self._by_point: dict[str, HessianAccumulator] = {}
-        self._weights: tuple[Tensor, ...] = ()
-
-    def begin(self, sample: Sample, *_: Tensor) -> None:
-        """What comes next is of `sample`."""
-        if self._recipe.visual_weight != 1.0:
-            self._weights = (token_weights(torch.from_numpy(sample.visual), self._recipe.visual_weight),)
-
-    def __call__(self, point: str, x: Tensor) -> None:
-        if point not in self._points:
-            return
-        if point not in self._by_point:
-            name = f"model.layers.{self._layer}, input of {point}"
-            self._by_point[point] = HessianAccumulator(x.shape[-1], name)
-        self._by_point[point].add(x, *self._weights)
-
-    def hessian(self, point: str) -> Tensor | None:
-        return self._by_point[point].hessian if point in self._by_point else None
-
-    def forget(self, point: str) -> None:
-        """The largest Hessian is K² of the MLP's width."""
-        self._by_point.pop(point, None)
-
-
-@dataclass
-class _Quantized:
-    """One quantized layer: the tensors to write, the weights it computes with now, and how it went."""
-
-    tensors: dict[str, Tensor]
-    weights: dict[str, Tensor]
-    reports: list[LayerReport]
-    watch: Watch | None = None  # rounds activations as the kernels will
-
-
-def _quantize_layer(run: _Run, layer: int) -> None:
-    """Statistics with the original weights, codes, and the layer's outputs with the quantized ones."""
-    run.progress(layer, run.layers, "calibrating")
-    weights = layer_weights(run.checkpoint, layer)
-    done = {"w8a8": _to_channels, "none": _as_it_is}.get(run.recipe.method, _to_blocks)(run, layer, weights)
-    packed = {name.rpartition(".")[0] for name in done.tensors}
-    for name, value in done.weights.items():
-        full = f"model.layers.{layer}.{name}"
-        if full.removesuffix(".weight") not in packed:
-            # What smoothing has changed keeps its precision: bfloat16 has 8 bits too.
-            same = torch.equal(value, weights[name])
-            done.tensors[full] = as_stored(run.checkpoint, full, value) if same else value
-    cache = CacheWatch(run.checkpoint.config.text, f"model.layers.{layer}") if run.recipe.kv_cache else None
-    for stream in run.streams:  # samples come first: the cache's scales are those of the layer that will run
-        rounded = rounded_cache(cache.observer.scales()) if cache and stream == "quantized" else None
-        watch = chained(done.watch, cache if stream == "samples" else rounded)
-        how = (weights, None) if stream == "original" else (done.weights, watch)
-        begin = None if cache is None else lambda _, cos, sin: cache.begin(cos, sin)
-        run.hidden(stream, layer + 1).write(run.outputs(stream, layer, *how, begin=begin))
-    if cache is not None:
-        done.tensors |= cache.tensors(f"model.layers.{layer}.self_attn")
-    _replace(run.folder / f"layer-{layer:03d}.json", json.dumps([asdict(r) for r in done.reports]))
-    save_shard(run.shard(layer), done.tensors)
-    for stream in run.streams:
-        run.hidden(stream, layer).remove()
-
-
-def _observed(run: _Run, layer: int, weights: Mapping[str, Tensor], point: str | None = None) -> _Observed:
-    """The samples through one layer, watched at `point` or everywhere."""
-    seen = _Observed(run.recipe, layer) if point is None else _Observed(run.recipe, layer, (point,))
-    if run.recipe.watches_decoder:
-        for _ in run.outputs("samples", layer, weights, seen, seen.begin):
-            pass
-    return seen
-
-
-def _as_it_is(run: _Run, layer: int, weights: Mapping[str, Tensor]) -> _Quantized:
-    return _Quantized({}, dict(weights), [])
-
-
-def _to_blocks(run: _Run, layer: int, weights: Mapping[str, Tensor]) -> _Quantized:
-    """Weight-only codes in blocks."""
-    first = next(iter(DECODER_GROUPS)) if run.recipe.true_sequential else None
-    done, seen = _Quantized({}, dict(weights), []), _observed(run, layer, weights, first)
-    for number, (point, names) in enumerate(DECODER_GROUPS.items()):
-        if number and run.recipe.true_sequential:
-            run.progress(layer, run.layers, f"input of {point}")
-            seen = _observed(run, layer, done.weights, point)
-        for name in names:
-            run.progress(layer, run.layers, name)
-            full = f"model.layers.{layer}.{name}"
-            if run.recipe.bits_of(full) == PLAIN:
-                plain = f"{full}.weight"
-                done.tensors[plain] = as_stored(run.checkpoint, plain, weights[f"{name}.weight"])
-                done.reports.append(LayerReport(full, PLAIN, 0.0, 0.0, None))
-                continue
-            codes, report = _quantize_weight(run.recipe, full, weights[f"{name}.weight"], seen.hessian(point))
-            done.weights[f"{name}.weight"] = dequantized(codes)
-            done.tensors |= {f"{full}.{k}": torch.from_numpy(v) for k, v in pack_blocks(run.recipe, codes).items()}
-            done.reports.append(report)
-        seen.forget(point)
-    return done
-
-
-def _to_channels(run: _Run, layer: int, weights: Mapping[str, Tensor]) -> _Quantized:
-    """int8 per output channel, after smoothing; statistics of text and visual tokens apart."""
-    prefix, points = f"model.layers.{layer}", decoder_points(run.checkpoint.config.text)
-    seen = Statistics(points, prefix)
-    outputs = run.outputs("samples", layer, weights, seen)
-    for sample in run.samples:
-        seen.visual = torch.from_numpy(sample.visual)
-        next(outputs)
-    block = quantize_block(weights, seen, points, Int8Scheme(run.recipe.activations, run.recipe.alpha), prefix)
-    tensors = {f"{prefix}.{name}": value for name, value in block.tensors.items()}
-    return _Quantized(tensors, block.weights, block.reports, block.watch)
-
-
-def _quantize_weight(
-    recipe: Recipe, name: str, weight: Tensor, hessian: Tensor | None
-) -> tuple[BlockQuantized, LayerReport]:
-    bits = recipe.bits_of(name)
-    grid: dict[str, Any] = {"bits": bits, "group_size": recipe.group_size, "symmetric": recipe.symmetric}
-    if recipe.method == "gptq" and hessian is not None:
-        done = gptq_quantize(weight, hessian, **grid, clip=recipe.clip)
-        return done.weight, LayerReport(name, bits, done.error, done.rtn_error, done.damping)
-    importance = None if hessian is None or not recipe.clip else hessian.diagonal()
-    codes = round_to_nearest(weight, **grid, importance=importance)
-    if hessian is None:
-        return codes, LayerReport(name, bits, None, None, None)
-    error = output_error(weight, dequantized(codes), hessian)
-    return codes, LayerReport(name, bits, error, error, None)
-
-
 # ---------------------------------------------------------------------- after
 
 
-def _divergence(run: _Run) -> Divergence | None:
+def _divergence(run: Run) -> Divergence | None:
     """Over the held-out positions whose next token is text: nobody samples after a picture's token."""
     if not run.held_out:
         return None
@@ -425,7 +231,7 @@ def _divergence(run: _Run) -> Divergence | None:
     return total.result()
 
 
-def _gate(run: _Run, divergence: Divergence | None, max_kl: float | None) -> None:
+def _gate(run: Run, divergence: Divergence | None, max_kl: float | None) -> None:
     if max_kl is not None and divergence is not None and divergence.kl > max_kl:
         shutil.rmtree(run.folder)
         raise CheckFailedError(
@@ -442,14 +248,8 @@ def _judge(folder: Path, judge: Judge) -> None:
         raise
 
 
-def _finish(run: _Run, target: Path, report: QuantizeReport) -> None:
+def _finish(run: Run, target: Path, report: QuantizeReport) -> None:
     for path in (*(p for kind in _WORK for p in run.folder.glob(kind)), run.folder / "state.json"):
         path.unlink()
-    _replace(run.folder / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
+    replace_file(run.folder / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
     run.folder.rename(target)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -25,14 +25,15 @@ from torch import Tensor
 from edgevl.calibration.formats import BlockQuantized
 from edgevl.calibration.packing import Tensors, pack_compressed, pack_gptq
 from edgevl.calibration.recipes import PLAIN, Recipe
+from edgevl.calibration.weights import Stored
 from edgevl.runtime.cache_scales import KV_SCHEME_KEY, cache_scheme
-from edgevl.runtime.checkpoint import Checkpoint
-from edgevl.runtime.schemes import PRE_SCALED
+from edgevl.runtime.schemes import PRE_SCALED, ROTATION_KEY
 
 __all__ = ["as_stored", "pack_blocks", "quantization_config", "save_shard", "shard_name", "write_rest"]
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_TABLE_ROWS = 4096
 # Layers over one input, and the name under which vLLM fuses them.
 _FUSED = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj"))
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json")
@@ -43,7 +44,7 @@ def shard_name(layer: int, layers: int) -> str:
     return f"model-{layer + 1:05d}-of-{layers + 2:05d}.safetensors"
 
 
-def as_stored(checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
+def as_stored(checkpoint: Stored, name: str, value: Tensor) -> Tensor:
     """A float32 tensor in the dtype in which the checkpoint holds it: exact, as it came from there."""
     return value.to(_DTYPES[checkpoint.dtype(name)])
 
@@ -191,7 +192,7 @@ def _compressed_tensors(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def write_rest(checkpoint: Checkpoint, folder: Path, layers: int, recipe: Recipe, vision: Sequence[Path] = ()) -> None:
+def write_rest(checkpoint: Stored, folder: Path, layers: int, recipe: Recipe, vision: Sequence[Path] = ()) -> None:
     """The two shards that hold no layer, the index over all shards, configs and the other files; `vision`: files of
     quantized parts of the vision encoder, which take the place of the original's."""
     parts: tuple[list[str], list[str]] = ([], [])
@@ -205,20 +206,44 @@ def write_rest(checkpoint: Checkpoint, folder: Path, layers: int, recipe: Recipe
             done = {n.rpartition(".")[0] for n in tensors}
             for name in names:
                 if name.rpartition(".")[0] not in done:
-                    tensors[name] = as_stored(checkpoint, name, torch.from_numpy(checkpoint.read(name)))
+                    tensors[name] = _stored(checkpoint, name)
             save_shard(path, tensors)
     shards = [folder / shard_name(i, layers) for i in range(layers + 2)]
     weight_map = {name: shard.name for shard in shards for name in _names(shard)}
     total = sum(shard.stat().st_size for shard in shards)
     _put(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-    quantization = quantization_config(recipe)
-    _put(folder / "config.json", {**config, "quantization_config": quantization})
+    if recipe.rotate != "none":
+        _rotated_config(config, recipe, checkpoint.config.text.tie_word_embeddings)
+    if not recipe.leaves_numbers:
+        config["quantization_config"] = quantization_config(recipe)
+    _put(folder / "config.json", config)
     if _is_gptq(recipe):
-        _put(folder / "quantize_config.json", quantization)
+        _put(folder / "quantize_config.json", config["quantization_config"])
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHTS) and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
+
+
+def _rotated_config(config: dict[str, Any], recipe: Recipe, tied: bool) -> None:
+    """What a reader must know (whether the head is still the embedding), and what edgevl wants to know again."""
+    config["tie_word_embeddings"] = tied
+    text = config.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" in text:
+        text["tie_word_embeddings"] = tied
+    config[ROTATION_KEY] = {"kind": recipe.rotate, "seed": recipe.rotate_seed}
+
+
+def _stored(checkpoint: Stored, name: str) -> Tensor:
+    """A whole tensor in its dtype; tables some rows at a time, because in float32 they are the largest of all."""
+    if name not in ("model.embed_tokens.weight", "lm_head.weight"):
+        return as_stored(checkpoint, name, torch.from_numpy(checkpoint.read(name)))
+    rows, columns = checkpoint.config.text.vocab_size, checkpoint.config.text.hidden_size
+    out = torch.empty((rows, columns), dtype=_DTYPES[checkpoint.dtype(name)])
+    for i in range(0, rows, _TABLE_ROWS):
+        some = checkpoint.rows(name, i, min(i + _TABLE_ROWS, rows))
+        out[i : i + len(some)] = torch.from_numpy(some)
+    return out
 
 
 def _names(shard: Path) -> Iterator[str]:

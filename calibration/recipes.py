@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from edgevl.runtime.errors import InputError
 
-__all__ = ["PLAIN", "RECIPES", "VISION_RECIPES", "Recipe", "parse_alpha", "recipe"]
+__all__ = ["PLAIN", "RECIPES", "ROTATIONS", "VISION_RECIPES", "Recipe", "parse_alpha", "recipe"]
 
 PLAIN = 16  # bits of a layer that stays as the checkpoint has it
 
@@ -21,7 +21,9 @@ class Recipe:
     calibration; `none` leaves the decoder as it is. vision: `none`, `int8` (W8A8 per token) or `int8-static`. kv_cache:
     scales of an INT8 KV cache are added. true_sequential: every group of layers sees inputs from the groups before it
     as quantized, for four times the passes. visual_weight: how much a picture's token counts in GPTQ's Hessian against
-    a word's. overrides: bits of single layers by name (8, or PLAIN), which `--auto` chooses."""
+    a word's. rotate: what is turned before anything else, exactly: `none`, the residual stream (`r1`), the values of
+    every head (`r2`) or both (`r1+r2`), see edgevl.calibration.rotation; rotate_seed: of its signs. overrides: bits of
+    single layers by name (8, or PLAIN), which `--auto` chooses."""
 
     name: str
     method: str
@@ -37,6 +39,8 @@ class Recipe:
     kv_cache: bool = False
     true_sequential: bool = False
     visual_weight: float = 1.0
+    rotate: str = "none"
+    rotate_seed: int = 0
     overrides: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
@@ -47,6 +51,11 @@ class Recipe:
     @property
     def needs_samples(self) -> bool:
         return self.watches_decoder or self.vision != "none" or self.kv_cache
+
+    @property
+    def leaves_numbers(self) -> bool:
+        """Nothing is quantized (but perhaps rotated)."""
+        return self.method == "none" and self.vision == "none" and not self.kv_cache
 
     def bits_of(self, layer: str) -> int:
         """Of a linear layer by its name, such as `model.layers.0.mlp.down_proj`."""
@@ -70,6 +79,7 @@ RECIPES = {
         Recipe("none", "none", 0, -1, clip=False),
     )
 }
+ROTATIONS = ("none", "r1", "r2", "r1+r2")
 VISION_RECIPES = ("none", "int8", "int8-static")
 _STATIC_VISION_ALPHA = 0.7  # KL of the demo's vision encoder 0.00035, with 0.5 0.00055
 
@@ -84,9 +94,12 @@ def recipe(
     true_sequential: bool = False,
     visual_weight: float | None = None,
     kv_cache: str = "float",
+    rotate: str = "none",
+    seed: int = 0,
 ) -> Recipe:
     """The recipe `name` with another group size, treatment of the vision encoder, alpha ("auto", or a number) of all
-    that is smoothed, zero points, GPTQ's options or an INT8 KV cache if given.
+    that is smoothed, zero points, GPTQ's options, an INT8 KV cache or a rotation (whose signs are drawn with `seed`) if
+    given.
 
     Raises:
         InputError: an unknown name, a value that is not offered, or an option that the recipe has no use for.
@@ -108,8 +121,14 @@ def recipe(
             raise InputError(f"vision {vision!r} is unknown; expected one of {', '.join(VISION_RECIPES)}")
         static = {"vision_alpha": _STATIC_VISION_ALPHA} if vision == "int8-static" else {}
         chosen = replace(chosen, vision=vision, **static)
-    if chosen.method == "none" and chosen.vision == "none" and not chosen.kv_cache:
-        raise InputError("recipe 'none' leaves the decoder as it is, and vision 'none' the rest; choose one of both")
+    if rotate not in ROTATIONS:
+        raise InputError(f"rotation {rotate!r} is unknown; expected one of {', '.join(ROTATIONS)}")
+    if rotate != "none":
+        chosen = replace(chosen, rotate=rotate, rotate_seed=seed)
+    if chosen.leaves_numbers and rotate == "none":
+        raise InputError(
+            "recipe 'none' leaves the decoder as it is, and vision 'none' the rest; choose one of both, or --rotate"
+        )
     if alpha is not None:
         if chosen.method != "w8a8" and chosen.vision == "none":
             raise InputError(f"recipe {name!r} smooths nothing, so it has no alpha; leave it out, or add --vision int8")

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgevl.calibration.comparison import Progress, check_pair, folded, heads_of, layer_kinds, rounding
+from edgevl.calibration.comparison import Progress, check_pair, folded, heads_of, layer_kinds, reference_of, rounding
 from edgevl.calibration.dataset import Sample
 from edgevl.calibration.dequantized import FloatCheckpoint
 from edgevl.calibration.fidelity import combined
 from edgevl.calibration.layers import DECODER_GROUPS, Watch
 from edgevl.calibration.streams import Streams
-from edgevl.calibration.weights import layer_weights
+from edgevl.calibration.weights import Tensors, layer_weights
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.schemes import QuantizedLayer
 
@@ -82,23 +82,25 @@ def units_of(quantized: FloatCheckpoint, granularity: str) -> list[Unit]:
 
 
 def sensitivities(
-    original: FloatCheckpoint,
+    plain: FloatCheckpoint,
     quantized: FloatCheckpoint,
     samples: Sequence[Sample],
     units: Sequence[Unit],
     scratch: Path,
     progress: Progress | None = None,
 ) -> list[Sensitivity]:
-    """What every unit costs alone, in the units' order; hidden states lie in the folder `scratch`.
+    """What every unit costs alone in the unquantized checkpoint `plain`, in the units' order; hidden states lie in the
+    folder `scratch`.
 
     Raises:
         InputError: see `check_pair`; no samples; or factors were folded into a layer of which only a part is asked for
             (SmoothQuant, AWQ: such a part means nothing among the original weights).
         CheckpointError, EngineError: as `compare`.
     """
-    check_pair(original, quantized)
+    check_pair(plain, quantized)
     if not samples:
         raise InputError("sensitivities are measured on samples, none were given; pass pictures or conversations")
+    original = reference_of(plain, quantized)
     sweep = _Sweep(original, quantized, Streams(samples, original.config.text, scratch), units)
     report = progress or (lambda *_: None)
     steps = sweep.steps
@@ -128,9 +130,7 @@ def sensitivities(
 class _Sweep:
     """All units' streams on their way through the layers; `base` is the original model's."""
 
-    def __init__(
-        self, original: FloatCheckpoint, quantized: FloatCheckpoint, streams: Streams, units: Sequence[Unit]
-    ) -> None:
+    def __init__(self, original: Tensors, quantized: FloatCheckpoint, streams: Streams, units: Sequence[Unit]) -> None:
         self.original, self.quantized, self.streams, self.units = original, quantized, streams, units
         self._started: set[int] = set()
         # unit -> layer -> its linear layers there, by their names within

@@ -239,12 +239,21 @@ def static_scale(absmax: float) -> float:
 
 
 def round_activations(x: Tensor, scale: float | None = None) -> Tensor:
-    """x [..., K] as the W8A8 kernels see it: int8 with one fixed `scale` (what lies outside is cut off), or with every
-    token's own step, its largest magnitude / 127.5."""
+    """x [..., K] as the W8A8 kernels see it: int8 with one fixed `scale` (what lies outside is cut off), or in steps of
+    every token's own.
+
+    Those are of the token's largest magnitude: ONNX Runtime's DynamicQuantizeMatMul is given rows divided by it, and
+    lays 256 codes between the least and the largest number of all rows (operator DynamicQuantizeLinear). So a step is
+    1 / 127.5 of that magnitude where both signs reach it in some row, and 1 / 255 behind a GELU, where only one does.
+    """
     if scale is not None:
         return torch.round(x / scale).clamp_(-128, 127) * scale
-    step = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127.5
-    return torch.round(x / step) * step
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    unit = x / largest
+    low, high = unit.amin().clamp_max(0), unit.amax().clamp_min(0)
+    step = ((high - low) / 255).clamp_min(1e-30)
+    zero = torch.round(-low / step)
+    return (torch.round(unit / step) + zero).clamp_(0, 255).sub_(zero) * (step * largest)
 
 
 def w8a8_error(

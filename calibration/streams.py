@@ -16,6 +16,7 @@ from edgevl.calibration.activations import Activations
 from edgevl.calibration.dataset import Sample
 from edgevl.calibration.fidelity import Divergence, DivergenceSum
 from edgevl.calibration.layers import Watch, decoder_layer
+from edgevl.calibration.vision import BlockWatch, Tower
 from edgevl.calibration.weights import Head, Tensors, embed_samples
 from edgevl.runtime.config import TextConfig
 from edgevl.runtime.errors import EngineError
@@ -40,10 +41,12 @@ class Streams:
     def _file(self, name: str) -> Activations:
         return Activations(self._folder / f"stream-{name}.npy", self._lengths, self._config.hidden_size)
 
-    def start(self, name: str, tensors: Tensors) -> None:
-        """What enters the first layer of a checkpoint: token embeddings, pictures through its vision encoder."""
+    def start(self, name: str, tensors: Tensors, rounds: BlockWatch | None = None) -> None:
+        """What enters the first layer of a checkpoint: token embeddings, pictures through its vision encoder, whose
+        inputs `rounds` rounds."""
         scratch = self._folder / f"vision-{name}.npy"
-        self._file(name).write(embed_samples(tensors, self._samples, scratch))
+        embeds = Tower(tensors, self._samples).embeds(scratch, rounds)
+        self._file(name).write(embed_samples(tensors, self._samples, scratch, embeds))
         scratch.unlink(missing_ok=True)
 
     def read(self, name: str) -> Iterator[Tensor]:

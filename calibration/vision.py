@@ -24,15 +24,15 @@ from edgevl.calibration.dataset import Sample
 from edgevl.calibration.layer_report import LayerReport
 from edgevl.calibration.layers import Watch, merge, vision_block
 from edgevl.calibration.w8a8 import Int8Block, Int8Scheme, Statistics, merger_points, quantize_block, vision_points
-from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.mrope import vision_rotary_rows
 
 if TYPE_CHECKING:
-    from edgevl.calibration.weights import Tensors
+    from edgevl.calibration.weights import Stored, Tensors
 
-__all__ = ["Tower", "block_file", "quantize_tower", "tower_reports"]
+__all__ = ["BlockWatch", "Tower", "block_file", "quantize_tower", "tower_reports", "vision_prefix"]
 
+BlockWatch = Callable[[int], Watch | None]  # of block `layer`, the merger being layer `depth`
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -68,16 +68,20 @@ class Tower:
             self._rows[h, w] = tuple(torch.from_numpy(np.array(t)) for t in rows)  # pyright: ignore
         return self._rows[h, w]
 
-    def embeds(self, scratch: Path) -> Iterator[Tensor]:
+    def embeds(self, scratch: Path, rounds: BlockWatch | None = None) -> Iterator[Tensor]:
         """Image embeddings [tokens, hidden] of every picture through the checkpoint's own weights; `scratch`: a file
-        for what lies between two blocks."""
+        for what lies between two blocks; `rounds`: gives what rounds the inputs of a block."""
         if not self.pictures:
             return
         x = Activations(scratch, self.lengths, self.config.embed_dim)
         x.write(self.patches())
-        for block in range(self.config.depth):
-            x.write(self.run(block, x.read(), _block_weights(self._checkpoint, block), _ignore))
-        yield from self.run(self.config.depth, x.read(), _block_weights(self._checkpoint, self.config.depth), _ignore)
+        for block in range(self.config.depth + 1):
+            watch = (rounds and rounds(block)) or _ignore
+            out = self.run(block, x.read(), _block_weights(self._checkpoint, block), watch)
+            if block == self.config.depth:
+                yield from out
+            else:
+                x.write(out)
         x.remove()
 
 
@@ -85,13 +89,13 @@ def _ignore(point: str, x: Tensor) -> None:
     pass
 
 
-def _prefix(checkpoint: Tensors, layer: int) -> str:
+def vision_prefix(checkpoint: Tensors, layer: int) -> str:
     return "visual.merger" if layer == checkpoint.config.vision.depth else f"visual.blocks.{layer}"
 
 
 def _block_weights(checkpoint: Tensors, layer: int) -> dict[str, Tensor]:
     """The tensors of block `layer` (the merger is layer `depth`), float32, by their names within it."""
-    prefix = f"{_prefix(checkpoint, layer)}."
+    prefix = f"{vision_prefix(checkpoint, layer)}."
     names = [n for n in checkpoint.names() if n.startswith(prefix)]
     return {n.removeprefix(prefix): torch.from_numpy(checkpoint.read(n)) for n in names}
 
@@ -113,7 +117,7 @@ def tower_reports(folder: Path, depth: int) -> list[LayerReport]:
 
 
 def quantize_tower(
-    checkpoint: Checkpoint,
+    checkpoint: Stored,
     folder: Path,
     scheme: Int8Scheme,
     streams: Mapping[str, Sequence[Sample]],
@@ -149,10 +153,10 @@ def quantize_tower(
                 x.write(towers[name].patches())
         weights = _block_weights(checkpoint, layer)
         points = merger_points(checkpoint.config.vision) if layer == depth else vision_points(checkpoint.config.vision)
-        seen = Statistics(points, _prefix(checkpoint, layer))
+        seen = Statistics(points, vision_prefix(checkpoint, layer))
         for _ in towers["samples"].run(layer, inputs["samples"].read(), weights, seen):
             pass
-        block = quantize_block(weights, seen, points, scheme, _prefix(checkpoint, layer))
+        block = quantize_block(weights, seen, points, scheme, vision_prefix(checkpoint, layer))
         for name, tower in towers.items():
             how = (weights, _ignore) if name == "original" else (block.weights, block.watch)
             _between(folder, name, tower, layer + 1).write(tower.run(layer, inputs[name].read(), *how))
@@ -171,9 +175,9 @@ def _between(folder: Path, name: str, tower: Tower, layer: int) -> Activations:
     return Activations(path, tokens, tower.config.hidden_size)
 
 
-def _save(checkpoint: Checkpoint, folder: Path, layer: int, weights: Mapping[str, Tensor], block: Int8Block) -> None:
+def _save(checkpoint: Stored, folder: Path, layer: int, weights: Mapping[str, Tensor], block: Int8Block) -> None:
     """The report, then the tensors: their file says that the block is done."""
-    prefix = _prefix(checkpoint, layer)
+    prefix = vision_prefix(checkpoint, layer)
     tensors = {f"{prefix}.{name}": value for name, value in block.tensors.items()}
     for name, value in block.weights.items():
         if name not in block.tensors:  # what smoothing has changed keeps its precision: bfloat16 has 8 bits too

@@ -16,7 +16,7 @@ from edgevl.calibration.layers import DECODER_TENSORS, rms_norm
 from edgevl.calibration.vision import Tower
 from edgevl.runtime.config import ModelConfig
 
-__all__ = ["Head", "Tensors", "embed_samples", "layer_weights", "same_head"]
+__all__ = ["Head", "Stored", "Tensors", "embed_samples", "layer_weights", "same_head"]
 
 _ROWS = 4096  # of two tables that are compared
 
@@ -29,6 +29,15 @@ class Tensors(Protocol):
     def names(self) -> list[str]: ...
     def read(self, name: str) -> np.ndarray: ...
     def rows(self, name: str, start: int, stop: int) -> np.ndarray: ...
+
+
+class Stored(Tensors, Protocol):
+    """Plain tensors that will be written as they are, in the dtypes that they have: `Checkpoint`, or a
+    `RotatedCheckpoint` made from it. read and rows give float32 numbers that their dtype holds exactly."""
+
+    @property
+    def folder(self) -> Path: ...
+    def dtype(self, name: str) -> str: ...
 
 
 def layer_weights(checkpoint: Tensors, layer: int) -> dict[str, Tensor]:

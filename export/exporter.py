@@ -155,7 +155,7 @@ def _plan(checkpoint: Checkpoint, options: ExportOptions, original: Checkpoint |
 
 def _check_original(checkpoint: Checkpoint, original: Checkpoint, decoder: str) -> None:
     """A prefill graph of another checkpoint must write the KV cache that decode reads: the same model, and no smoothing
-    of v_proj into o_proj, so nothing quantized."""
+    of v_proj into o_proj, so nothing quantized; rotated alike, because image embeddings and values are."""
     if checkpoint.quantization is None or decoder not in ("int4", "int8-weights"):
         raise InputError(
             f"{checkpoint.folder}: --prefill-from goes with a checkpoint of quantized weights (GPTQ, AWQ); "
@@ -165,6 +165,16 @@ def _check_original(checkpoint: Checkpoint, original: Checkpoint, decoder: str) 
         raise InputError(
             f"{original.folder}: quantized ({original.quantization.method}); --prefill-from needs the unquantized "
             "checkpoint, the one that was quantized"
+        )
+    if checkpoint.rotation != original.rotation:
+        turned = [
+            "not rotated" if r is None else "rotated {kind} with seed {seed}".format(**r)
+            for r in (original.rotation, checkpoint.rotation)
+        ]
+        raise InputError(
+            f"{original.folder}: {turned[0]}, the quantized checkpoint {turned[1]}, so that one would not understand "
+            "the other's KV cache; make a prefill checkpoint with `edgevl quantize --recipe none` and the same "
+            "--rotate and --seed"
         )
     for part, ours in checkpoint.config.to_dict().items():
         theirs = original.config.to_dict()[part]

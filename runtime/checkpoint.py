@@ -25,6 +25,7 @@ from edgevl.runtime.schemes import (
     own_precision,
     quantization_config,
     read_quantization,
+    read_rotation,
     take_layers,
 )
 from edgevl.runtime.shards import (
@@ -124,6 +125,7 @@ class Checkpoint:
         quantization: Quantization | None = None,
         layers: dict[str, QuantizedLayer] | None = None,
         cache: CacheScales | None = None,
+        rotation: dict[str, Any] | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
@@ -131,6 +133,7 @@ class Checkpoint:
         self.files = ShardReader()
         self.layers = layers or {}
         self.cache = cache or CacheScales(folder, config.text, None, {})
+        self.rotation = rotation
         self._entries = entries
 
     @classmethod
@@ -155,13 +158,14 @@ class Checkpoint:
                     )
                 stored[entry.stored_name] = entry
         _check_index(folder, index, stored)
+        rotation = read_rotation(folder)
         named = _released(stored)
         shapes = expected_shapes(config)
         cache = take_cache_scales(folder, config.text, named, quantization_config(folder)[0])
         layers, zeros = take_layers(folder, named, shapes, said)
         plain = {name: shape for name, shape in shapes.items() if name.removesuffix(".weight") not in layers}
         _match(folder, config, plain, named, index)
-        out = cls(folder, config, {name: named[name] for name in plain}, said, layers, cache)
+        out = cls(folder, config, {name: named[name] for name in plain}, said, layers, cache, rotation)
         try:
             for name, entry in zeros.items():
                 out._check_zero(name, entry)

@@ -19,11 +19,13 @@ from edgevl.runtime.shards import AGAIN, DTYPES, Entry, more, read_object
 
 __all__ = [
     "PRE_SCALED",
+    "ROTATION_KEY",
     "Quantization",
     "QuantizedLayer",
     "own_precision",
     "quantization_config",
     "read_quantization",
+    "read_rotation",
     "take_layers",
 ]
 
@@ -38,6 +40,8 @@ FORMATS = {
 # int-quantized with a pre_quant_scale, a format of our own: readers that know nothing of that tensor would compute
 # wrongly without a word, so they are given a name that they refuse.
 PRE_SCALED = "int-quantized-pre-scaled"
+# In config.json of a checkpoint whose numbers were turned (edgevl.calibration.rotation): kind and seed.
+ROTATION_KEY = "edgevl_rotation"
 # What a quantized layer consists of, by the suffix of the tensor's name.
 CODES = {"gptq": ("qweight",), "awq": ("qweight",), "compressed-tensors": ("weight_packed", "weight")}
 COMPANIONS = (
@@ -130,6 +134,24 @@ def quantization_config(folder: Path) -> tuple[dict[str, Any] | None, Path, str]
     if not isinstance(said, dict):
         raise CheckpointError(f"{where}: expected an object, got {type(said).__name__}; {AGAIN}")
     return said, path, where
+
+
+def read_rotation(folder: Path) -> dict[str, Any] | None:
+    """{"kind": "r1", "r2" or "r1+r2", "seed": int} of a rotated checkpoint, None of any other.
+
+    Raises:
+        CheckpointError: something else under its key.
+    """
+    path = folder / "config.json"
+    found = read_object(path).get(ROTATION_KEY)
+    if found is None:
+        return None
+    known = isinstance(found, dict) and found.get("kind") in ("r1", "r2", "r1+r2")
+    if not known or type(found.get("seed")) is not int or found["seed"] < 0:
+        raise CheckpointError(
+            f"{path}: {ROTATION_KEY} is {found!r}, expected a kind (r1, r2, r1+r2) and a seed; {AGAIN}"
+        )
+    return found
 
 
 def read_quantization(folder: Path) -> Quantization | None:

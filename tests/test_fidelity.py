@@ -193,9 +193,12 @@ def test_layer_errors_by_hand(make: Callable[[str], Made], case: str, tmp_path: 
 
 
 def round_inputs(_: Any, args: tuple[torch.Tensor]) -> torch.Tensor:
-    x = args[0]
-    step = x.abs().amax(-1, keepdim=True) / 127.5
-    return torch.round(x / step) * step
+    largest = args[0].abs().amax(-1, keepdim=True)
+    unit = args[0] / largest
+    low, high = unit.amin().clamp_max(0), unit.amax().clamp_min(0)
+    step = (high - low) / 255
+    zero = torch.round(-low / step)
+    return (torch.clamp(torch.round(unit / step) + zero, 0, 255) - zero) * step * largest
 
 
 def test_w8a8_rounds_activations(make: Callable[[str], Made], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from edgevl.calibration import driver
+from edgevl.calibration import driver, layer_methods
 from edgevl.calibration.dataset import Sample, SampleSource
 from edgevl.calibration.driver import quantize_checkpoint
 from edgevl.calibration.fidelity import DivergenceSum
@@ -194,9 +194,11 @@ def test_rounding_is_the_kernels_arithmetic() -> None:
     watch = rounding({"o": None, "down": 2.0}, {"down": torch.tensor([1.0, 1.0, 1000.0])})
     rounded = watch("o", x)
     assert rounded is not None and watch("k", x) is None
-    step = torch.tensor([[1 / 127.5], [1000 / 127.5], [0.0]])
+    # rows divided by their largest reach from -0.5 to 1: 256 codes lie between, 85 of them below zero
+    step = torch.tensor([[1.5 / 255], [1500 / 255], [0.0]])
     assert (rounded - x).abs().le(step * 0.5001 + 1e-6).all() and torch.equal(rounded[2], x[2])
-    assert rounded[0, 2] == 0 and rounded[1, 1] == 0, "each token has a step of its own"
+    assert torch.allclose(rounded / step.clamp_min(1e-9), torch.round(rounded / step.clamp_min(1e-9)), atol=1e-3)
+    assert rounded[0, 1] == -0.5 and rounded[1, 1] != 0 and rounded[1, 1] != 3.0, "each token has a step of its own"
     fixed = watch("down", x)
     assert fixed is not None and fixed.tolist() == [[0.0, 0.0, 4.0], [254.0, 4.0, 0.0], [0.0, 0.0, 0.0]]
 
@@ -283,7 +285,7 @@ def test_bad_input(tmp_path: Path, samples: list[Sample], monkeypatch: pytest.Mo
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(driver, "save_shard", full)
+    monkeypatch.setattr(layer_methods, "save_shard", full)
     with pytest.raises(CheckpointError, match="the disk is full; free some space, then go on with --resume"):
         quantize_checkpoint(DEMO, tmp_path / "q", RECIPES["rtn-int4"], [])
 

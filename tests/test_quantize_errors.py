@@ -15,7 +15,7 @@ from checkpoints import random_model, save_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from edgevl.calibration import driver
+from edgevl.calibration import driver, layer_methods
 from edgevl.calibration.driver import quantize_checkpoint
 from edgevl.calibration.recipes import recipe
 from edgevl.runtime import cli
@@ -149,7 +149,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(
 
     module, name = {
         "activations": (os, "posix_fallocate"),
-        "shard": (driver, "save_shard"),
+        "shard": (layer_methods, "save_shard"),
         "rest": (driver, "write_rest"),
     }[where]
     real = getattr(module, name)

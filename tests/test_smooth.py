@@ -252,11 +252,18 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def slow_w8a8(x: np.ndarray, weight: np.ndarray, activations: str) -> float:
+    """One number at a time: a scale for all tokens, or 256 codes between the extremes of tokens divided by their
+    largest magnitude."""
     q = quantize_channels(weight.astype(np.float32))
+    unit = [token / np.abs(token).max() for token in x]
+    step = (max(0, max(u.max() for u in unit)) - min(0, min(u.min() for u in unit))) / 255
+    zero = round(-min(0, min(u.min() for u in unit)) / step)
     found = np.zeros((len(x), len(weight)))
     for t, token in enumerate(x):
-        scale = np.abs(token).max() / 127.5 if activations == "token" else np.abs(x).max() / 127
-        codes = np.rint(token / scale)
+        scale = step * np.abs(token).max() if activations == "token" else np.abs(x).max() / 127
+        codes = [round(v / scale) for v in token]
+        if activations == "token":
+            codes = [max(0, min(255, code + zero)) - zero for code in codes]
         for n in range(len(weight)):
             found[t, n] = sum(c * scale * int(k) * float(q.scales[n]) for c, k in zip(codes, q.codes[n]))
     exact = x @ weight.T

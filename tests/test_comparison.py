@@ -1,0 +1,101 @@
+"""What `compare` says of INT8 vision against the driver, which kept its hidden states, and against the engine."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from edgevl.benchmarks.divergence import conversation_logits, divergence
+from edgevl.calibration.comparison import compare, vision_rounding
+from edgevl.calibration.dataset import SampleSource
+from edgevl.calibration.dequantized import FloatCheckpoint
+from edgevl.calibration.driver import quantize_checkpoint
+from edgevl.calibration.fidelity import combined
+from edgevl.calibration.recipes import recipe
+from edgevl.calibration.vision import Tower
+from edgevl.export.exporter import ExportOptions, export_bundle
+from edgevl.runtime.generation import VisionLanguageModel
+from edgevl.runtime.prompt import collect_vision
+from edgevl.runtime.vision import VisionStage
+from edgevl.tasks import TASKS
+
+DEMO = Path(__file__).parents[1] / "demo" / "model"
+
+
+def conversations(split: str, count: int) -> list[list[dict[str, Any]]]:
+    cases = [TASKS[t].case(split, i) for i in range(count) for t in ("read_2_lines", "where", "count")]
+    return [[*c.messages, {"role": "assistant", "content": c.truth}] for c in cases[:count]]
+
+
+def rounded_by_hand(x: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """A fixed scale, one number at a time; or the engine's DynamicQuantizeLinear over rows divided by their largest."""
+    if scale is not None:
+        rows = [[max(-128, min(127, round(v / scale))) * scale for v in row] for row in x.tolist()]
+        return torch.tensor(rows)
+    make, floats, bytes_ = onnx.helper, onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
+    outputs = [
+        make.make_tensor_value_info(n, t, s)
+        for n, t, s in (("y", bytes_, x.shape), ("step", floats, ()), ("zero", bytes_, ()))
+    ]
+    node = make.make_node("DynamicQuantizeLinear", ["x"], ["y", "step", "zero"])
+    graph = make.make_graph([node], "g", [make.make_tensor_value_info("x", floats, x.shape)], outputs)
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 13)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    largest = x.abs().amax(1, keepdim=True)
+    y, step, zero = session.run(None, {"x": (x / largest).numpy()})
+    return torch.from_numpy((y.astype(np.float32) - np.float32(zero)) * step) * largest
+
+
+@pytest.mark.parametrize("vision", ["int8", "int8-static"])
+def test_vision_activations_are_rounded(vision: str, tmp_path: Path) -> None:
+    source = SampleSource(DEMO)
+    samples, asked = [source.sample(c) for c in conversations("calibration", 8)], conversations("test", 6)
+    held_out = [source.sample(c) for c in asked]
+    report = quantize_checkpoint(DEMO, tmp_path / "q", recipe("none", vision=vision), samples, held_out)
+    with FloatCheckpoint.open(DEMO) as a, FloatCheckpoint.open(tmp_path / "q") as b:
+        found = combined(compare(a, b, held_out, tmp_path).conversations)
+        assert vision_rounding(a, 0) is None
+        watch = vision_rounding(b, 1)
+        assert watch is not None and watch("no point", torch.ones(1, 1)) is None
+        for point, name in (("qkv", "attn.qkv"), ("fc2", "mlp.fc2")):
+            layer = b.layer(f"visual.blocks.1.{name}")
+            assert layer is not None
+            x = torch.randn(5, layer.shape[1], generator=torch.Generator().manual_seed(0))
+            pre = torch.ones(layer.shape[1])
+            if vision == "int8-static" and point == "fc2":
+                factors = b.factors(layer)
+                assert factors is not None
+                pre = torch.from_numpy(factors)
+            got = watch(point, x)
+            assert got is not None
+            assert torch.allclose(got, rounded_by_hand(x * pre, layer.input_scale) / pre, rtol=1e-5, atol=1e-6)
+    assert report.divergence is not None and found.tokens == report.divergence.tokens
+    assert found.kl == pytest.approx(report.divergence.kl, rel=0.02)
+    logits = []
+    for folder, precision in ((DEMO, {"precision": "fp32"}), (tmp_path / "q", {"decoder_precision": "fp32"})):
+        export_bundle(folder, tmp_path / f"b-{len(logits)}", ExportOptions(**precision))
+        logits.append(list(conversation_logits(tmp_path / f"b-{len(logits)}", asked)))
+    engine = divergence(logits[0], iter(logits[1]))
+    assert engine.tokens == found.tokens
+    assert engine.kl == pytest.approx(found.kl, rel=0.4)  # numbers on an edge are rounded the other way
+    with FloatCheckpoint.open(DEMO) as a, FloatCheckpoint.open(tmp_path / "q") as b:
+        plain, rounded, floats = (
+            torch.cat(list(Tower(c, held_out).embeds(tmp_path / "scratch.npy", rounds)))
+            for c, rounds in ((a, None), (b, functools.partial(vision_rounding, b)), (b, None))
+        )
+    with VisionLanguageModel.open(tmp_path / "b-1", "ort-cpu") as model:
+        stage = VisionStage(model.engine.vision, model.config, model.bundle.image_processor)
+        ours = [torch.tensor(stage.encode(item).embeds) for c in asked for item in collect_vision(c)]
+    # A number on an edge that is rounded the other way moves others across theirs, so after some blocks the two are
+    # like two draws of one noise: its size is what agrees.
+    whole, emulated, weights_only = (float((t - plain).square().sum()) for t in (torch.cat(ours), rounded, floats))
+    print(vision, engine.kl, found.kl, emulated / whole, weights_only / whole)
+    assert emulated == pytest.approx(whole, rel=0.15)
+    assert weights_only < 0.8 * whole
