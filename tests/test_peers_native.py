@@ -38,7 +38,7 @@ def test_every_sequence_has_room_for_the_longest(prompts, new, expected):
 
 def test_variants_name_types_of_both_files():
     assert llama_cpp.precisions("Q4_K_M") == ("Q4_K_M", "f16")
-    assert llama_cpp.precisions("Q4_0-vision-Q8_0") == ("Q4_0", "Q8_0")
+    assert llama_cpp.precisions("Q4_0-vision-Q8_0") == ("Q4_0", "q8_0")
     assert set(map(llama_cpp.precisions, llama_cpp.VARIANTS)) >= {("Q4_0", "f16"), ("Q8_0", "f16")}
 
 

@@ -53,9 +53,9 @@ runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
 
 
 def precisions(variant: str) -> tuple[str, str]:
-    """Types of the decoder's and the vision encoder's file, as llama.cpp calls them."""
+    """Types of the decoder's and the vision encoder's file, as llama.cpp's quantizer and converter call them."""
     decoder, _, vision = variant.partition("-vision-")
-    return decoder, vision or "f16"
+    return decoder, vision.lower() or "f16"
 
 
 def prompt(request: Request, marker: str) -> str:
@@ -74,25 +74,19 @@ def context_tokens(prompts: Sequence[int], new_tokens: int) -> int:
 
 
 def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
-    """Writes decoder.gguf and vision.gguf. Other variants find the 16-bit files in `llama_cpp-f16` beside `folder`."""
+    """Writes decoder.gguf and vision.gguf."""
     decoder, vision = precisions(variant)
-    shared = folder.parent / "llama_cpp-f16"
-    shared.mkdir(parents=True, exist_ok=True)
-    wanted = {"decoder-f16": ["--outtype", "f16"], f"vision-{vision}": ["--mmproj", "--outtype", vision.lower()]}
-    missing = {name: options for name, options in wanted.items() if not (shared / f"{name}.gguf").exists()}
-    if missing:
-        with tempfile.TemporaryDirectory(dir=shared) as scratch:
-            source = _source(Path(scratch))
-            for name, options in missing.items():
-                out = Path(scratch) / f"{name}.gguf"
-                command = [sys.executable, "-c", CONVERTER, str(source), str(checkpoint), "--outfile", str(out)]
-                subprocess.run([*command, *options], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-                out.replace(shared / out.name)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _quantize(shared / "decoder-f16.gguf", partial / "decoder.gguf", decoder)
-    (partial / "vision.gguf").hardlink_to(shared / f"vision-{vision}.gguf")
+    with tempfile.TemporaryDirectory(dir=partial) as scratch:
+        source, whole = _source(Path(scratch)), Path(scratch) / "f16.gguf"
+        command = [sys.executable, "-c", CONVERTER, str(source), str(checkpoint), "--outfile"]
+        offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        subprocess.run([*command, str(whole), "--outtype", "f16"], check=True, env=offline)
+        picture = [str(partial / "vision.gguf"), "--mmproj", "--outtype", vision]
+        subprocess.run([*command, *picture], check=True, env=offline)
+        _quantize(whole, partial / "decoder.gguf", decoder)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
 

@@ -33,7 +33,7 @@ del sys.argv[0]
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-PIXELS = (3136, 12845056)  # the released limits of a picture's area
+MIN_PIXELS, MAX_PIXELS = 3136, 12845056  # the released limits of a picture's area
 
 
 def prompt(request: Request) -> str:
@@ -97,7 +97,7 @@ class Mnn:
         for jpeg in request.pictures:
             image = self._cv.imdecode(jpeg, self._cv.IMREAD_COLOR)
             # Without a size it takes the exporter's 420 × 420; given, it only rounds each side to a multiple of 28.
-            height, width = smart_resize(*image.shape[:2], 28, *PIXELS)
+            height, width = smart_resize(image.shape[0], image.shape[1], 28, MIN_PIXELS, MAX_PIXELS)
             pictures.append({"data": image, "height": height, "width": width})
         encoding = time.perf_counter()
         tokens = self._llm.tokenizer_encode({"text": prompt(request), "images": pictures})
