@@ -43,7 +43,7 @@ wheel: $(VENV)/.ready
 
 # Our bundles of random weights of the 2B shape beside transformers: CHECKPOINT and BUNDLES name others.
 CHECKPOINT ?= out/bench/2b
-BUNDLES ?= out/bench/int4 out/bench/hybrid
+BUNDLES ?= out/bench/hybrid out/bench/int4
 PEERS ?= transformers
 ENGINES ?= ort-cpu
 bench: $(VENV)/.ready
@@ -59,7 +59,7 @@ peers: $(VENV)/.ready $(PEER_NAMES:%=.venv-peers/%/.ready)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip $(PIP) "pip>=25.1"
 	$(BIN)/python -m edgevl.benchmarks.peers.requirements $* > $(@D)/requirements.txt
-	$(@D)/bin/pip $(PIP) -r $(@D)/requirements.txt
+	$(@D)/bin/pip $(PIP) numpy pillow -r $(@D)/requirements.txt
 	$(@D)/bin/pip $(PIP) --no-deps -e .
 	touch $@
 
