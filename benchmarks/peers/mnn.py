@@ -24,14 +24,14 @@ __all__ = ["REQUIREMENTS", "VARIANTS", "open_model", "prepare"]
 
 REQUIREMENTS = ["torch==2.13.0", "MNN==3.6.1", "llmexport==0.0.5", "transformers==4.57.6"]
 VARIANTS = {"int4": "4-bit decoder and head, blocks of 64; 4-bit vision, blocks of 128: the exporter's defaults"}
-# Run as a script: its modules import each other by names that are right only in its own folder. MNN's converter would
-# install a package with whatever `pip` is on the PATH and report each conversion to its makers: that module is barred.
+# Its modules import each other by names that are right only in its own folder. MNN's converter would install a package
+# with whatever `pip` is on the PATH and report each conversion to its makers: that module is barred.
 EXPORTER = """
-import runpy, sys
+import sys
 sys.modules["MNN.tools.utils.log"] = None
-del sys.argv[0]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.path.insert(0, sys.argv.pop(1))
+import llmexport
+llmexport.main()
 """
 MIN_PIXELS, MAX_PIXELS = 3136, 12845056  # the released limits of a picture's area
 
@@ -60,9 +60,8 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    script = Path(package.origin).with_name("llmexport.py")
     paths = ["--path", str(checkpoint.resolve()), "--dst_path", str(partial.resolve())]
-    command = [sys.executable, "-c", EXPORTER, str(script), *paths, "--export", "mnn"]
+    command = [sys.executable, "-c", EXPORTER, str(Path(package.origin).parent), *paths, "--export", "mnn"]
     subprocess.run(command, check=True, cwd=partial, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if not (partial / "config.json").exists():  # it reports a failed step and exits with status 1, or goes on
         raise RuntimeError("llmexport wrote no config.json")
