@@ -19,6 +19,7 @@ from edgevl.benchmarks.report import SCHEMA, check_libraries, html_page, percent
 from edgevl.benchmarks.roofline import Ceilings, decode_bytes, measure_ceilings, prefill_work, vision_work
 from edgevl.benchmarks.stages import STAGES, Job
 from edgevl.benchmarks.system_info import system_info
+from edgevl.benchmarks.turns import environment, in_turn
 from edgevl.benchmarks.workloads import WORKLOADS, Workload, workload
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.commands import note
@@ -168,8 +169,7 @@ def _run(jobs: list[Job], rounds: int) -> list[list[dict[str, Any]]]:
     results: list[list[dict[str, Any]]] = [[] for _ in jobs]
     with tqdm(total=rounds * len(jobs), unit="process", file=sys.stderr, disable=None, leave=False) as bar:
         for number in range(rounds):
-            for offset in range(len(jobs)):
-                index = (number + offset) % len(jobs)
+            for index in in_turn(range(len(jobs)), number):
                 bar.set_postfix_str(f"{Path(jobs[index].bundle).name} {jobs[index].workload.name}")
                 results[index].append(_measure(jobs[index]))
                 bar.update()
@@ -177,10 +177,9 @@ def _run(jobs: list[Job], rounds: int) -> list[list[dict[str, Any]]]:
 
 
 def _measure(job: Job) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "edgevl.benchmarks.stages"]
     text = json.dumps(asdict(replace(job, spawned=time.time())))
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment(job.threads))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         name = f"{Path(job.bundle).name}, workload {job.workload.name!r}"

@@ -26,9 +26,10 @@ import click
 from tabulate import tabulate
 from tqdm import tqdm
 
-from edgevl.benchmarks.peers.contract import Request
 from edgevl.benchmarks.peers.table import spread
+from edgevl.benchmarks.peers.worker import measure
 from edgevl.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
+from edgevl.benchmarks.turns import in_turn
 from edgevl.benchmarks.workloads import Workload, question
 from edgevl.runtime.bundle import MANIFEST
 from edgevl.runtime.doctor import machine
@@ -93,17 +94,11 @@ def worker(contender_json: str, work_json: str, text: str, requests: str) -> Non
     contender, work = Contender(**json.loads(contender_json)), Workload(**json.loads(work_json))
     started = time.perf_counter()
     model = _open(contender)
-    found: dict[str, list[float]] = {"open_s": [time.perf_counter() - started]}
-    found |= {name: [] for name in ("vision_s", "prefill_s", "ttft_s", "decode_tokens_per_s")}
-    for i in range(int(requests) + 2):  # two to warm up: shapes, then captures
-        (answer,) = model.answer([Request((work.picture(0, i, 0),), text)], work.new_tokens)
-        if i < 2:
-            continue
-        times = answer.token_s
-        found["vision_s"].append(answer.vision_s)
-        found["prefill_s"].append(answer.prefill_s)
-        found["ttft_s"].append(times[0])
-        found["decode_tokens_per_s"].append((len(times) - 1) / (times[-1] - times[0]))
+    opened = time.perf_counter() - started
+    # Two to warm up: shapes, then captures.
+    measured = measure(contender.name, model, opened, work, text, int(requests), warm_up=2)
+    found: dict[str, list[float]] = {"open_s": [opened]}
+    found |= {name: getattr(measured, name) for name in ("vision_s", "prefill_s", "ttft_s", "decode_tokens_per_s")}
     used = _gpu_used()
     found["gpu_mb"] = [] if used is None else [used / 1e6]
     sys.stdout.write(json.dumps(found) + "\n")
@@ -246,8 +241,7 @@ def _measure(contenders: list[Contender], bundle: str, options: dict[str, Any], 
             text = _process("question_text", bundle, str(work.prompt_tokens))
             given = (json.dumps(asdict(work)), text, str(options["requests"]))
             for number in range(options["rounds"]):
-                for offset in range(len(contenders)):
-                    contender = contenders[(number + offset) % len(contenders)]
+                for contender in in_turn(contenders, number):
                     bar.set_postfix_str(contender.name)
                     if (contender.name, size) not in dead:
                         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from transformers import Qwen2VLForConditionalGeneration
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.generation import VisionLanguageModel
+
+# What a machine without a GPU runs: the test group installs openvino, a device may not have it.
+USABLE = {"ort-cpu": True, "openvino": find_spec("openvino") is not None, "ort-cuda": False, "tensorrt": False}
 
 
 @dataclass(frozen=True)

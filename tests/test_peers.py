@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from conftest import Pair
@@ -14,6 +15,7 @@ from PIL import Image
 from edgevl.benchmarks.peers import run, worker
 from edgevl.benchmarks.peers.contract import Answer, Measured, Request, Unsupported
 from edgevl.benchmarks.peers.table import Row, ratios, spread, tables
+from edgevl.benchmarks.turns import in_turn
 from edgevl.benchmarks.workloads import Workload
 
 HEAD = {
@@ -50,6 +52,18 @@ def test_bundle_beside_transformers_goes_on_where_it_stopped(tiny: Pair, tmp_pat
     assert lines.startswith(first) and len(lines.splitlines()) == 4
     status, output = cli(*arguments, "--threads", 2, "--rounds", 2)
     assert status == 2 and "threads was 1, is 2" in output and "choose another --results" in output
+
+
+def test_a_line_that_was_cut_off_is_told(tmp_path: Path) -> None:
+    whole = json.dumps({"workload": "w", "round": 0, "measured": {"contender": "a"}})
+    (tmp_path / "r.jsonl").write_text(f"{whole}\n{whole[:20]}")
+    with pytest.raises(click.UsageError, match=r"r.jsonl: line 2 is no result \(cut off\?\); remove it to go on"):
+        run._known(tmp_path / "r.jsonl")
+
+
+def test_every_round_begins_with_another() -> None:
+    assert [in_turn("abc", n) for n in (0, 1, 2, 3)] == [list("abc"), list("bca"), list("cab"), list("abc")]
+    assert in_turn([], 1) == []
 
 
 class Scripted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -249,13 +249,13 @@ def test_rows_are_the_whole(tmp_path: Path) -> None:
 
 
 def outlier_checkpoint(folder: Path) -> Path:
-    """Some channels of the residual stream are read with weights 40 times the others', behind norms that make them
-    loud: what 4 bits in groups cannot hold, and one step per token neither."""
+    """Three channels of the residual stream, in three of the four groups of 32, are read with weights 20 times the
+    others': what 4 bits in groups cannot hold, and one step per token neither once smoothing has moved it."""
     model = random_model(seed=7, hidden_size=128, intermediate_size=256)
     for layer in model.model.language_model.layers:
-        norms: Any = (layer.input_layernorm, layer.post_attention_layernorm)
-        for norm in norms:
-            norm.weight.data[[3, 60]] *= 40
+        attention, mlp = cast(Any, layer.self_attn), cast(Any, layer.mlp)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            linear.weight.data[:, [3, 40, 70]] *= 20
     return save_checkpoint(model, folder)
 
 
@@ -265,11 +265,11 @@ def outliers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Sampl
     return folder, conversations(folder, 9)
 
 
-@pytest.mark.parametrize(("name", "most"), [("rtn-int4", 0.9), ("gptq-int4", 2.0), ("w8a8", 1.0), ("w8a8-static", 1.0)])
+@pytest.mark.parametrize(("name", "most"), [("rtn-int4", 0.5), ("gptq-int4", 1.0), ("w8a8", 1.0), ("w8a8-static", 1.0)])
 def test_recipes_gain_from_rotation(
     name: str, most: float, outliers: tuple[Path, list[Sample]], tmp_path: Path
 ) -> None:
-    """Rounding gets better (GPTQ copes with such channels by itself), and the files give the divergence from the
+    """Less of the error is left, of plain rounding's less than half, and the files give the divergence from the
     original that was reported."""
     source, samples = outliers
     found = {}

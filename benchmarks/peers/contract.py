@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Answer", "Contender", "Measured", "PeerModule", "Request", "Unsupported"]
+__all__ = ["Answer", "Contender", "Measured", "PeerModule", "Request", "Unsupported", "chat_prompt", "placeholders"]
 
 
 class Unsupported(Exception):
@@ -32,6 +32,17 @@ class Request:
     pictures: tuple[bytes, ...]
     text: str
     system: str = "a"
+
+
+def chat_prompt(request: Request, pictures: str) -> str:
+    """Qwen2-VL's chat template filled in: `pictures` is what stands for them, marks or placeholder tokens."""
+    user = f"<|im_start|>user\n{pictures}{request.text}<|im_end|>\n"
+    return f"<|im_start|>system\n{request.system}<|im_end|>\n{user}<|im_start|>assistant\n"
+
+
+def placeholders(tokens: Sequence[int]) -> str:
+    """Placeholder tokens of pictures with so many tokens each."""
+    return "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in tokens)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from edgevl.benchmarks.peers.contract import Answer, Request
+from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported
 
 __all__ = ["REQUIREMENTS", "VARIANTS", "BundleModel", "open_model", "prepare"]
 
@@ -19,7 +19,7 @@ VARIANTS: Mapping[str, str] = {"ort-cpu": "", "openvino": "vision on OpenVINO"}
 
 
 def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
-    raise NotImplementedError("bundles are given, made by `edgevl export`")
+    raise Unsupported(f"{folder}: no such bundle; make it with `edgevl export`")
 
 
 class BundleModel:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported
+from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported, chat_prompt
 
 __all__ = ["REQUIREMENTS", "VARIANTS", "open_model", "prepare"]
 
@@ -60,11 +60,7 @@ def precisions(variant: str) -> tuple[str, str]:
 
 def prompt(request: Request, marker: str) -> str:
     """The chat template's text. mtmd puts the tokens around a picture itself."""
-    question = marker * len(request.pictures) + request.text
-    return (
-        f"<|im_start|>system\n{request.system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+    return chat_prompt(request, marker * len(request.pictures))
 
 
 def context_tokens(prompts: Sequence[int], new_tokens: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported
+from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported, chat_prompt
 from edgevl.runtime.image_processing import smart_resize
 
 __all__ = ["REQUIREMENTS", "VARIANTS", "open_model", "prepare"]
@@ -39,10 +39,7 @@ MIN_PIXELS, MAX_PIXELS = 3136, 12845056  # the released limits of a picture's ar
 def prompt(request: Request) -> str:
     """The chat template's text with MNN's marks for pictures; it puts the tokens around a picture itself."""
     pictures = "".join(f"<img>image_{i}</img>" for i in range(len(request.pictures)))
-    return (
-        f"<|im_start|>system\n{request.system}<|im_end|>\n<|im_start|>user\n{pictures}{request.text}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+    return chat_prompt(request, pictures)
 
 
 def settings(threads: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported
+from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported, chat_prompt, placeholders
 from edgevl.runtime.image_processing import smart_resize
 
 __all__ = ["NO_VISION", "REQUIREMENTS", "VARIANTS", "open_model", "picture_tokens", "prepare", "prompt", "text_config"]
@@ -77,11 +77,7 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
 
 def prompt(request: Request, pictures: Sequence[int]) -> str:
     """The chat template's text; `pictures` are the token counts of the request's."""
-    placeholders = "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in pictures)
-    return (
-        f"<|im_start|>system\n{request.system}<|im_end|>\n<|im_start|>user\n{placeholders}{request.text}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+    return chat_prompt(request, placeholders(pictures))
 
 
 def picture_tokens(jpeg: bytes, settings: dict[str, Any]) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgevl.benchmarks.peers.contract import Answer, Request
+from edgevl.benchmarks.peers.contract import Answer, Request, chat_prompt
 
 __all__ = ["REQUIREMENTS", "VARIANTS", "open_model", "prepare", "prompt"]
 
@@ -80,10 +80,7 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
 def prompt(request: Request) -> str:
     """The chat template's text, with the pipeline's tag for each picture where its tokens go."""
     pictures = "".join(f"<ov_genai_image_{i}>" for i in range(len(request.pictures)))
-    return (
-        f"<|im_start|>system\n{request.system}<|im_end|>\n<|im_start|>user\n{pictures}{request.text}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+    return chat_prompt(request, pictures)
 
 
 class _OpenVINO:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from edgevl.benchmarks.peers.contract import Measured
 from edgevl.benchmarks.peers.table import Row, plot, tables
 from edgevl.benchmarks.peers.worker import peer
+from edgevl.benchmarks.turns import environment, in_turn
 from edgevl.benchmarks.workloads import WORKLOADS, Workload, question, workload
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.bundle import MANIFEST, Bundle
@@ -67,8 +68,7 @@ def _run(command: list[str], threads: int, task: str = "") -> str:
     Raises:
         click.ClickException: it failed; the last lines that it wrote.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, input=task, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, input=task, capture_output=True, text=True, env=environment(threads), check=False)
     if done.returncode:
         last = " | ".join(done.stderr.strip().splitlines()[-3:])
         raise click.ClickException(f"{' '.join(command[3:6])} ended with status {done.returncode}: {last[-600:]}")
@@ -137,15 +137,17 @@ def _measure(entrant: Entrant, task: dict[str, Any]) -> Measured:
     return Measured(**{**json.loads(printed.splitlines()[-1]), "contender": entrant.name})
 
 
-def _works(names: Sequence[str], new_tokens: int | None) -> list[Workload]:
-    return [workload(n, new_tokens=new_tokens) for n in names]
-
-
 def _known(results: Path) -> list[Row]:
     if not results.exists():
         return []
-    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    return [Row(d["workload"], d["round"], Measured(**d["measured"])) for d in lines]
+    rows = []
+    for number, line in enumerate(results.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            d = json.loads(line)
+            rows.append(Row(d["workload"], d["round"], Measured(**d["measured"])))
+        except (ValueError, KeyError, TypeError):
+            raise click.UsageError(f"{results}: line {number} is no result (cut off?); remove it to go on") from None
+    return rows
 
 
 def _head(path: Path, now: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +211,7 @@ def main(checkpoint: Path, bundles: tuple[Path, ...], **options: Any) -> None:
     """Measure BUNDLES beside the other programs on CHECKPOINT; ratios are to the first bundle."""
     try:
         opened = [Bundle.open(b) for b in bundles]
-        works = _works(options["names"], options["new_tokens"])
+        works = [workload(name, new_tokens=options["new_tokens"]) for name in options["names"]]
         with VisionLanguageModel.open(opened[0], "ort-cpu") as model:
             texts = {w.name: question(model, w.prompt_tokens) for w in works}
     except EdgeVLError as e:
@@ -240,9 +242,7 @@ def main(checkpoint: Path, bundles: tuple[Path, ...], **options: Any) -> None:
                 row = Row(work.name, number, _measure(entrant, {**task, "repeats": options["repeats"]}))
                 rows.append(row)
                 with (results / "results.jsonl").open("a", encoding="utf-8") as out:
-                    out.write(
-                        json.dumps({"workload": row.workload, "round": number, "measured": asdict(row.measured)}) + "\n"
-                    )
+                    out.write(json.dumps(asdict(row)) + "\n")
             bar.update()
     names = list(dict.fromkeys([*(e.name for e in racing), *(r.measured.contender for r in rows)]))
     text = tables(rows, head, names)
@@ -254,5 +254,5 @@ def main(checkpoint: Path, bundles: tuple[Path, ...], **options: Any) -> None:
 def _order(works: list[Workload], racing: list[Entrant], rounds: int) -> Iterator[tuple[int, Workload, Entrant]]:
     for number in range(rounds):
         for work in works:
-            for offset in range(len(racing)):
-                yield number, work, racing[(number + offset) % len(racing)]
+            for entrant in in_turn(racing, number):
+                yield number, work, entrant

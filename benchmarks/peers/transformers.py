@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from edgevl.benchmarks.peers.contract import Answer, Request
+from edgevl.benchmarks.peers.contract import Answer, Request, chat_prompt, placeholders
 
 __all__ = ["REQUIREMENTS", "VARIANTS", "TransformersModel", "open_model", "prepare"]
 
@@ -84,7 +84,7 @@ class TransformersModel:
         pictures = [Image.open(io.BytesIO(p)) for r in requests for p in r.pictures]
         vision = dict(self._images(pictures, return_tensors="pt")) if pictures else {}
         grids = iter(vision["image_grid_thw"].prod(-1).tolist() if pictures else ())
-        prompts = [_prompt(r, [next(grids) // 4 for _ in r.pictures]) for r in requests]
+        prompts = [chat_prompt(r, placeholders([next(grids) // 4 for _ in r.pictures])) for r in requests]
         inputs = self._tokenizer(prompts, return_tensors="pt", padding=True)
         ids, clock = inputs["input_ids"], _StepClock()
         if pictures:
@@ -105,12 +105,6 @@ class TransformersModel:
         if not pictures:
             return [Answer(n, token_s) for n in lengths]
         return [Answer(n, token_s, self._vision.seconds, clock.times[0] - self._vision.ended) for n in lengths]
-
-
-def _prompt(request: Request, tokens: Sequence[int]) -> str:
-    pictures = "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in tokens)
-    user = f"<|im_start|>user\n{pictures}{request.text}<|im_end|>\n"
-    return f"<|im_start|>system\n{request.system}<|im_end|>\n{user}<|im_start|>assistant\n"
 
 
 def open_model(folder: Path, variant: str, threads: int) -> TransformersModel:

@@ -19,6 +19,7 @@ from typing import cast
 
 from edgevl.benchmarks.peers.contract import Answer, Contender, Measured, PeerModule, Request, Unsupported
 from edgevl.benchmarks.workloads import Workload
+from edgevl.runtime.doctor import peak_rss_bytes
 
 __all__ = ["main", "measure", "peer"]
 
@@ -27,14 +28,6 @@ SEED = 1
 
 def peer(name: str) -> PeerModule:
     return cast(PeerModule, importlib.import_module(f"edgevl.benchmarks.peers.{name}"))
-
-
-def _rss_mb() -> float:
-    """Largest resident memory of this process so far (VmHWM), in MB of 10^6 bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return 0.0
 
 
 def _requests(work: Workload, text: str, number: int) -> list[Request]:
@@ -61,20 +54,22 @@ def _add(into: Measured, answers: list[Answer]) -> None:
     into.total_tokens_per_s.append(sum(len(a.token_s) for a in answers) / ended)
 
 
-def measure(name: str, opened: Contender, open_s: float, work: Workload, text: str, repeats: int) -> Measured:
-    """One warm-up (not counted) and `repeats` round trips with new pictures."""
+def measure(
+    name: str, opened: Contender, open_s: float, work: Workload, text: str, repeats: int, warm_up: int = 1
+) -> Measured:
+    """`warm_up` round trips that do not count, and `repeats` that do, each with new pictures."""
     result = Measured(name, dict(opened.versions), open_s)
     try:
-        for number in range(repeats + 1):
+        for number in range(warm_up + repeats):
             answers = opened.answer(_requests(work, text, number), work.new_tokens)
             for a in answers:
                 if len(a.token_s) != work.new_tokens:
                     raise RuntimeError(f"{name} gave {len(a.token_s)} tokens, {work.new_tokens} were asked for")
-            if number:
+            if number >= warm_up:
                 _add(result, answers)
     except Unsupported as e:
         result.unsupported = str(e)
-    result.peak_mb = _rss_mb()
+    result.peak_mb = peak_rss_bytes() / 1e6
     return result
 
 
