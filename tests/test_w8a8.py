@@ -215,7 +215,7 @@ def test_scales_are_the_largest_inputs_that_transformers_sees(static: QuantizeRe
                     assert got == pytest.approx(float(part.absmax.max()), rel=tolerance), full
                 if point in points.behind:
                     off = tensors[f"{full}.pre_quant_scale"] * factors - 1
-                    assert off.abs().max() < 0.05 and off.abs().mean() < 0.01, (full, off.abs().max())
+                    assert off.abs().max() < 0.15 and off.abs().mean() < 0.01, (full, off.abs().max())
                 names.add(full)
         quantized = weights_of(module)
         for key in quantized:
@@ -426,7 +426,7 @@ def test_int8_vision_beside_other_decoders(
             embeds.append(np.concatenate([model._vision.run(p) for s in held_out for p in s.vision]))
     a, b = embeds
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    assert np.abs(a - b).max() > 0 and cosines.min() > 0.98
+    assert np.abs(a - b).max() > 0 and cosines.min() > 0.95 and cosines.mean() > 0.99
 
 
 def test_vision_goes_on_where_it_was_stopped(samples: list[Sample], held_out: list[Sample], tmp_path: Path) -> None:

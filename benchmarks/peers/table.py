@@ -161,7 +161,8 @@ def _bars(axis: Any, values: dict[str, list[float]]) -> None:
     colours = [_OURS if n.startswith("edgevl ") else _THEIRS for n in names]
     axis.barh(range(len(names)), middles, xerr=[low, high], color=colours, ecolor="#555555", capsize=2)
     for i, (name, middle) in enumerate(zip(names, middles)):
-        text = f" {middle:.{0 if middle >= 100 else 1}f}" if values[name] else " –"
+        digits = 0 if middle >= 100 else 1 if middle >= 1 else 2
+        text = f" {middle:.{digits}f}" if values[name] else " –"
         axis.text(middle + high[i], i, text, va="center", fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()

@@ -1,13 +1,15 @@
 """Resumable trainer: one single-threaded process per core on shared memory, or one process on a GPU.
 
-    python -m demo.training.train RUN [--from demo/model] [--device cpu|cuda] [--processes 2]
+    python -m demo.training.train RUN [--from demo/model|EARLIER_RUN] [--plan PLAN] [--device cpu|cuda] [--processes 2]
 
-RUN/plan.json is made from demo/training/plan.json when missing and re-read every 25 steps:
+--from a checkpoint folder takes its weights; from an earlier run, its dense heads and momenta too. RUN/plan.json is
+made from PLAN (demo/training/plan.json) when missing and re-read every 25 steps:
   cpu_minutes  the budget: consumed CPU time of all processes together (on CUDA: seconds of the run / 60), so that a
                run that is paused does not lose its schedule;
   rate         learning-rate factor at its peak (1: Muon 0.02, Adam 2e-3); rises over `warm` of the budget, stays
                until `hold`, then falls linearly to zero at its end;
   mix, late    weights of the tasks of demo/training/pictures.py; `late` replaces `mix` after `late_from`;
+  seed         of the pictures: a run from an earlier run's weights takes another, or it sees the same ones again;
   micro        batches of different tasks per step and process; aux: weight of the dense heads.
 RUN/state.pt holds everything; RUN/log.jsonl gets a line per 25 steps; RUN/pids the process ids.
 On a CPU, LD_PRELOAD=libtcmalloc_minimal.so.4 makes it faster.
@@ -131,7 +133,8 @@ class Worker:
     def train(self) -> None:
         """Until the budget is used."""
         step = self.state["step"]
-        rng, common = np.random.default_rng([2000 + step, self.rank]), np.random.default_rng([7, step])
+        seed = json.loads((self.run / "plan.json").read_text()).get("seed", 0)
+        rng, common = np.random.default_rng([2000 + step, self.rank, seed]), np.random.default_rng([7, step, seed])
         plan, logged, saved, seen = {}, time.time(), time.time(), 0
         progress = self.shared["progress"]
         while True:
@@ -192,11 +195,14 @@ def named_parameters(model: Model, heads: Heads) -> dict[str, torch.nn.Parameter
 
 
 def prepare(run: Path, start: Path | None, device: str, world: int) -> dict[str, Any]:
-    """The run's state, resumed, or begun from a checkpoint folder or from nothing."""
+    """The run's state, resumed, or begun from a checkpoint folder, an earlier run or nothing."""
     torch.manual_seed(0)
     model = Model()
     heads = Heads(model.c)
-    if start and not (run / "state.pt").exists():
+    saved = run / "state.pt"
+    if start and (start / "state.pt").exists() and not saved.exists():
+        saved = start / "state.pt"
+    elif start and not saved.exists():
         model.load_state_dict({k: v.float() for k, v in load_file(start / "model.safetensors").items()})
     model.to(device)
     heads.to(device)
@@ -204,10 +210,12 @@ def prepare(run: Path, start: Path | None, device: str, world: int) -> dict[str,
     state: dict[str, Any] = dict(step=0, used=0.0, ema={})
     for kind in ("momentum", "first", "second"):
         state[kind] = {n: torch.zeros_like(p, requires_grad=False) for n, p in named.items()}
-    if (run / "state.pt").exists():
-        s = torch.load(run / "state.pt", weights_only=False, map_location=device)
+    if saved.exists():
+        s = torch.load(saved, weights_only=False, map_location=device)
         model.load_state_dict(s.pop("model"))
         heads.load_state_dict(s.pop("heads"))
+        if saved.parent != run:  # another run's: this one's budget and log begin anew
+            s |= dict(step=0, used=0.0, ema={})
         state.update(s)
     spans, at = {}, 0
     for n, p in named.items():
@@ -236,13 +244,14 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("run", type=Path)
     ap.add_argument("--from", dest="start", type=Path)
+    ap.add_argument("--plan", type=Path, default=Path(__file__).parent / "plan.json")
     ap.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     ap.add_argument("--processes", type=int, default=0, help="of a CPU run; default: its cores")
     o = ap.parse_args()
     world = 1 if o.device == "cuda" else o.processes or len(os.sched_getaffinity(0))
     o.run.mkdir(parents=True, exist_ok=True)
     if not (o.run / "plan.json").exists():
-        shutil.copy(Path(__file__).parent / "plan.json", o.run / "plan.json")
+        shutil.copy(o.plan, o.run / "plan.json")
     torch.set_num_threads(1 if o.device == "cpu" else 4)
     shared = prepare(o.run, o.start, o.device, world)
     if world == 1:
