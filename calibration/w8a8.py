@@ -8,7 +8,7 @@ the input, as in ModelOpt's checkpoints; a scale per token needs none (measured:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,7 @@ from edgevl.calibration.smooth import (
 from edgevl.runtime.config import TextConfig, VisionConfig
 
 __all__ = [
+    "AFFINE",
     "Int8Block",
     "Int8Scheme",
     "Points",
@@ -51,6 +52,7 @@ __all__ = [
     "vision_points",
 ]
 
+AFFINE = ("down",)  # of a decoder layer
 _ROWS = 1024  # tokens of a point that the search of alpha sees: 36 MB at down_proj's input of the 2B
 
 
@@ -69,20 +71,24 @@ class Int8Scheme:
 @dataclass(frozen=True)
 class Points:
     """The inputs of a kind of block: layers by point, `folds` in the order in which factors are folded, `behind`: those
-    without a fold."""
+    without a fold; `affine`: those for which scales per token come with zero points."""
 
     groups: Mapping[str, tuple[str, ...]]
     folds: tuple[str, ...]
     behind: tuple[str, ...]
     share: Mapping[str, Share]
     fold: Callable[[dict[str, Tensor], Mapping[str, Tensor], float], dict[str, Tensor]]
+    affine: tuple[str, ...] = ()
+
+    def kind(self, point: str, activations: Activations) -> Activations:
+        return "affine" if activations == "token" and point in self.affine else activations
 
 
 def decoder_points(config: TextConfig) -> Points:
     def fold(weights: dict[str, Tensor], absmax: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
         return smooth_decoder_layer(weights, absmax, alpha, config)
 
-    return Points(DECODER_GROUPS, ("down", "o", "qkv", "gate_up"), (), {"o": kv_share(config)}, fold)
+    return Points(DECODER_GROUPS, ("down", "o", "qkv", "gate_up"), (), {"o": kv_share(config)}, fold, AFFINE)
 
 
 def vision_points(config: VisionConfig) -> Points:
@@ -200,7 +206,7 @@ def quantize_block(
     smooth = {name: value.clone() for name, value in weights.items()}
     found = smooth_block(smooth, seen, points, scheme)
     pre = {point: f.pre for point, f in found.items() if f.pre is not None}
-    block = Int8Block({}, smooth, rounding({p: f.scale for p, f in found.items()}, pre), [])
+    block = Int8Block({}, smooth, rounding({p: f.scale for p, f in found.items()}, pre, points.affine), [])
     for point, names in points.groups.items():
         decided, absmax = found[point], seen.absmax(point)
         for name in names:
@@ -212,7 +218,8 @@ def quantize_block(
                 block.tensors[f"{name}.input_scale"] = torch.tensor([decided.scale])
             if decided.pre is not None:
                 block.tensors[f"{name}.pre_quant_scale"] = decided.pre.clone()
-            error = _errors(seen.rows(point), weights[f"{name}.weight"], weight, decided, absmax)
+            kind = points.kind(point, scheme.activations)
+            error = _errors(seen.rows(point), weights[f"{name}.weight"], weight, decided, absmax, kind)
             block.reports.append(_report(f"{prefix}.{name}", seen.ranges[point], decided, *error))
     return block
 
@@ -230,7 +237,7 @@ def _decide(weights: dict[str, Tensor], seen: Statistics, points: Points, scheme
             search = search_alpha(
                 seen.rows(point),
                 joined,
-                activations=scheme.activations,
+                activations=points.kind(point, scheme.activations),
                 alphas=ALPHAS,
                 share=points.share.get(point),
                 absmax=absmax,
@@ -249,9 +256,10 @@ def _decide(weights: dict[str, Tensor], seen: Statistics, points: Points, scheme
     return found
 
 
-def _errors(x: Tensor, original: Tensor, smoothed: Tensor, decided: Smoothing, absmax: Tensor) -> tuple[float, float]:
+def _errors(
+    x: Tensor, original: Tensor, smoothed: Tensor, decided: Smoothing, absmax: Tensor, kind: Activations
+) -> tuple[float, float]:
     """Output error of a layer as it is now, and as it would be without smoothing."""
-    kind: Activations = "token" if decided.scale is None else "tensor"
     plain = w8a8_error(x, original, activations=kind, absmax=absmax)
     if decided.factors is None:
         return plain, plain
@@ -267,14 +275,16 @@ def _report(name: str, ranges: ModalityObserver, decided: Smoothing, error: floa
     return LayerReport(name, 8, error, plain, None, decided.alpha, *before, *after, decided.scale)
 
 
-def rounding(scales: Mapping[str, float | None], pre: Mapping[str, Tensor] | None = None) -> Watch:
+def rounding(
+    scales: Mapping[str, float | None], pre: Mapping[str, Tensor] | None = None, affine: Sequence[str] = ()
+) -> Watch:
     """A watcher that gives the layers at the points of `scales` rounded activations: with one scale, or (None) with
-    every token's own; multiplied with `pre` first."""
+    every token's own, and its own zero point at the points of `affine`; multiplied with `pre` first."""
     pre = pre or {}
 
     def watch(point: str, x: Tensor) -> Tensor | None:
         if point not in scales:
             return None
-        return round_activations(x * pre[point] if point in pre else x, scales[point])
+        return round_activations(x * pre[point] if point in pre else x, scales[point], affine=point in affine)
 
     return watch
