@@ -269,19 +269,24 @@ def w8a8_error(
     *,
     activations: Activations = "token",
     absmax: Tensor | None = None,
+    rounded: Tensor | None = None,
 ) -> float:
     """Squared error of x Wᵀ in int8 as a share of its square.
 
     x: [T, K], whole sequences, first token included. weight: [N, K]. factors: [K], None for 1. activations: "token"
     (every token's step, as it comes), "affine" (with a zero point of its own) or "tensor" (one scale fixed
-    beforehand). absmax: [K], of more tokens than x's, for that fixed scale.
+    beforehand). absmax: [K], of more tokens than x's, for that fixed scale. rounded: [N, K], what int8 holds of weight
+    times factors; None: to nearest.
     """
     expected = x @ weight.T
     largest = x.abs().amax(0) if absmax is None else absmax
     if factors is not None:
         x, weight, largest = x / factors, weight * factors, largest / factors
     scale = static_scale(float(largest.max())) if activations == "tensor" else None
-    found = round_activations(x, scale, affine=activations == "affine") @ _round_weight(weight).T
+    found = (
+        round_activations(x, scale, affine=activations == "affine")
+        @ (_round_weight(weight) if rounded is None else rounded).T
+    )
     total = float(torch.sum(expected.square(), dtype=torch.float64))
     return float(torch.sum((found - expected).square(), dtype=torch.float64)) / total if total else 0.0
 

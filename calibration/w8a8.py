@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from edgevl.calibration.formats import quantize_channels
+from edgevl.calibration.formats import ChannelQuantized, quantize_channels
+from edgevl.calibration.gptq import HessianAccumulator, gptq_quantize
 from edgevl.calibration.layer_report import LayerReport
 from edgevl.calibration.layers import DECODER_GROUPS, MERGER_GROUPS, VISION_GROUPS, Watch
 from edgevl.calibration.observers import ModalityObserver
@@ -62,10 +64,12 @@ class Int8Scheme:
 
     activations: "token" (every token's own scale, found at run time) or "tensor" (one, fixed by calibration).
     alpha: of smoothing; None: the one of ALPHAS, or no smoothing, with the least output error, point by point.
+    feedback: weights by GPTQ, which spreads every column's error over the later ones, instead of to nearest.
     """
 
     activations: Activations
     alpha: float | None
+    feedback: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,18 +130,20 @@ class _Rows:
 
 
 class Statistics:
-    """A watcher of one block: ranges of text and visual tokens apart, and some tokens as they are, by point.
+    """A watcher of one block: ranges of text and visual tokens apart, some tokens as they are, and Hessians where they
+    are asked for, by point.
 
     Attributes:
         visual: bool [tokens] of the sequence that comes next, True for a picture's; None: all are.
     """
 
-    def __init__(self, points: Points, where: str) -> None:
+    def __init__(self, points: Points, where: str, *, hessians: bool = False) -> None:
         """`where` stands in errors."""
         self.visual: Tensor | None = None
         self.ranges: dict[str, ModalityObserver] = {}
         self._points, self._where = points, where
         self._rows: dict[str, _Rows] = {}
+        self._hessians: dict[str, HessianAccumulator] | None = {} if hessians else None
 
     def __call__(self, point: str, x: Tensor) -> None:
         if point not in self._points.groups:
@@ -145,13 +151,21 @@ class Statistics:
         if point not in self.ranges:
             self.ranges[point] = ModalityObserver(x.shape[-1], f"{self._where}, input of {point}")
             self._rows[point] = _Rows()
+            if self._hessians is not None:
+                self._hessians[point] = HessianAccumulator(x.shape[-1], self.ranges[point].name)
         visual = torch.ones(len(x), dtype=torch.bool) if self.visual is None else self.visual
         self.ranges[point].add(x, visual)
         self._rows[point].add(x)
+        if self._hessians is not None:
+            self._hessians[point].add(x)
 
     def absmax(self, point: str) -> Tensor:
         """[K], over all tokens."""
         return self.ranges[point].together().absmax
+
+    def take_hessian(self, point: str) -> Tensor | None:
+        """[K, K], the caller's from now on: the largest one is as large as a layer."""
+        return None if self._hessians is None else self._hessians.pop(point).hessian
 
     def rows(self, point: str) -> Tensor:
         """[at most 1024, K]."""
@@ -209,9 +223,12 @@ def quantize_block(
     block = Int8Block({}, smooth, rounding({p: f.scale for p, f in found.items()}, pre, points.affine), [])
     for point, names in points.groups.items():
         decided, absmax = found[point], seen.absmax(point)
+        hessian = seen.take_hessian(point) if scheme.feedback else None
+        if hessian is not None and decided.factors is not None:  # of the inputs as they will be
+            hessian.div_(decided.factors[:, None]).div_(decided.factors)
         for name in names:
             weight = smooth[f"{name}.weight"]
-            codes = quantize_channels(weight.numpy())
+            codes = quantize_channels(weight.numpy()) if hessian is None else _with_feedback(weight, hessian)
             smooth[f"{name}.weight"] = torch.from_numpy(codes.codes * codes.scales[:, None])
             block.tensors |= {f"{name}.{k}": torch.from_numpy(v) for k, v in pack_int8(codes).items()}
             if decided.scale is not None:
@@ -219,7 +236,8 @@ def quantize_block(
             if decided.pre is not None:
                 block.tensors[f"{name}.pre_quant_scale"] = decided.pre.clone()
             kind = points.kind(point, scheme.activations)
-            error = _errors(seen.rows(point), weights[f"{name}.weight"], weight, decided, absmax, kind)
+            three = weights[f"{name}.weight"], weight, smooth[f"{name}.weight"]
+            error = _errors(seen.rows(point), *three, decided, absmax, kind)
             block.reports.append(_report(f"{prefix}.{name}", seen.ranges[point], decided, *error))
     return block
 
@@ -256,16 +274,28 @@ def _decide(weights: dict[str, Tensor], seen: Statistics, points: Points, scheme
     return found
 
 
+def _with_feedback(weight: Tensor, hessian: Tensor) -> ChannelQuantized:
+    found = gptq_quantize(
+        weight, hessian, bits=8, group_size=-1, symmetric=True, clip=False, scale_dtype=torch.float32
+    ).weight
+    codes = found.codes.reshape(weight.shape).astype(np.int16) - 128
+    return ChannelQuantized(codes.astype(np.int8), found.scales[:, 0])
+
+
 def _errors(
-    x: Tensor, original: Tensor, smoothed: Tensor, decided: Smoothing, absmax: Tensor, kind: Activations
+    x: Tensor,
+    original: Tensor,
+    smoothed: Tensor,
+    rounded: Tensor,
+    decided: Smoothing,
+    absmax: Tensor,
+    kind: Activations,
 ) -> tuple[float, float]:
-    """Output error of a layer as it is now, and as it would be without smoothing."""
+    """Output error of a layer as it is now, and as it would be without the method: not smoothed, to nearest."""
     plain = w8a8_error(x, original, activations=kind, absmax=absmax)
-    if decided.factors is None:
-        return plain, plain
     # The rows may have been divided too (up_proj's, v_proj's): as a share of the output that changes nothing much.
-    weight = smoothed / decided.factors
-    return w8a8_error(x, weight, decided.factors, activations=kind, absmax=absmax), plain
+    weight = smoothed if decided.factors is None else smoothed / decided.factors
+    return w8a8_error(x, weight, decided.factors, activations=kind, absmax=absmax, rounded=rounded), plain
 
 
 def _report(name: str, ranges: ModalityObserver, decided: Smoothing, error: float, plain: float) -> LayerReport:
