@@ -44,6 +44,7 @@ class Variant:
 
 _PLAIN = ("--decoder-precision", "fp32")
 _GROUP = ("--group-size", "64")  # 128 does not divide the width of 576
+_ROTATED = ("--rotate", "r1+r2")
 VARIANTS = {
     "rtn-int4": Variant(("--recipe", "rtn-int4", *_GROUP)),
     "rtn-int4-clip": Variant(("--recipe", "rtn-int4-clip", *_GROUP)),
@@ -54,7 +55,13 @@ VARIANTS = {
     "gptq-int4-down8": Variant(("--recipe", "gptq-int4-down8", *_GROUP)),
     "gptq-int4-head4": Variant(("--recipe", "gptq-int4", *_GROUP), ("--head-bits", "4")),
     "int8": Variant(("--recipe", "int8", *_GROUP)),
+    "rtn-int4-rotated": Variant(("--recipe", "rtn-int4", *_GROUP, *_ROTATED)),
+    "gptq-int4-rotated": Variant(("--recipe", "gptq-int4", *_GROUP, *_ROTATED)),
+    "gptq-int4-down8-rotated": Variant(("--recipe", "gptq-int4-down8", *_GROUP, *_ROTATED)),
     "w8a8": Variant(("--recipe", "w8a8")),
+    "w8a8-rotated": Variant(("--recipe", "w8a8", *_ROTATED)),
+    "w8a8-static": Variant(("--recipe", "w8a8-static")),
+    "w8a8-static-rotated": Variant(("--recipe", "w8a8-static", *_ROTATED)),
     "w8a8-export": Variant(None, ("--decoder-precision", "int8")),
     "kv-int8": Variant(("--recipe", "kv-int8"), (*_PLAIN, "--kv-cache", "int8")),
 }

@@ -27,6 +27,7 @@ __all__ = ["main", "write_conversations"]
 
 RECIPES = (
     *("rtn-int4", "rtn-int4-clip", "gptq-int4", "gptq-int4-g32", "gptq-int4-down8", "int8", "w8a8", "w8a8-static"),
+    *("gptq-int4@r1+r2", "w8a8@r1+r2", "w8a8-static@r1+r2"),  # rotated
     *("none+int8", "none+int8-static", "w8a8+int8", "w8a8-static+int8-static", "gptq-int4+int8"),  # decoder+vision
 )
 REPORT = "edgevl_quantize.json"
@@ -116,8 +117,10 @@ def main(checkpoint: Path, samples: int, cases: int, recipes: str) -> None:
         rows = [base]
         for name in tqdm(recipes.split(","), file=sys.stderr, disable=None):
             output = folder / name
-            decoder, _, vision = name.partition("+")
+            kinds, _, rotation = name.partition("@")
+            decoder, _, vision = kinds.partition("+")
             given = ("--images", conversations, "--samples", samples, *(["--vision", vision] if vision else []))
+            given += ("--rotate", rotation) if rotation else ()
             _edgevl("quantize", checkpoint, "-o", output, "--recipe", decoder, *given)
             plain = [] if vision else ["--vision-precision", "fp32"]
             plain += ["--decoder-precision", "fp32"] if decoder == "none" else []

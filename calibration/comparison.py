@@ -26,6 +26,7 @@ from edgevl.calibration.layers import DECODER_GROUPS, MERGER_GROUPS, VISION_GROU
 from edgevl.calibration.rotation import RotatedCheckpoint
 from edgevl.calibration.streams import Streams
 from edgevl.calibration.vision import vision_prefix
+from edgevl.calibration.w8a8 import AFFINE
 from edgevl.calibration.w8a8 import rounding as rounded_activations
 from edgevl.calibration.weights import Head, Tensors, layer_weights, same_head
 from edgevl.runtime.errors import InputError
@@ -121,7 +122,7 @@ def rounding(layers: Mapping[str, QuantizedLayer | None]) -> Watch | None:
         w8a8 = [q for name in names if (q := layers.get(name)) is not None and q.kind == "int8"]
         if w8a8:
             scales[point] = w8a8[0].input_scale
-    return rounded_activations(scales) if scales else None
+    return rounded_activations(scales, affine=AFFINE) if scales else None
 
 
 def vision_rounding(quantized: FloatCheckpoint, block: int) -> Watch | None:

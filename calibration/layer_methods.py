@@ -135,12 +135,14 @@ def _to_blocks(run: Run, layer: int, weights: Mapping[str, Tensor]) -> _Quantize
 def _to_channels(run: Run, layer: int, weights: Mapping[str, Tensor]) -> _Quantized:
     """int8 per output channel, after smoothing; statistics of text and visual tokens apart."""
     prefix, points = f"model.layers.{layer}", decoder_points(run.checkpoint.config.text)
-    seen = Statistics(points, prefix)
+    recipe = run.recipe
+    seen = Statistics(points, prefix, hessians=recipe.feedback)
     outputs = run.outputs("samples", layer, weights, seen)
     for sample in run.samples:
         seen.visual = torch.from_numpy(sample.visual)
         next(outputs)
-    block = quantize_block(weights, seen, points, Int8Scheme(run.recipe.activations, run.recipe.alpha), prefix)
+    scheme = Int8Scheme(recipe.activations, recipe.alpha, recipe.feedback)
+    block = quantize_block(weights, seen, points, scheme, prefix)
     tensors = {f"{prefix}.{name}": value for name, value in block.tensors.items()}
     return _Quantized(tensors, block.weights, block.reports, block.watch)
 

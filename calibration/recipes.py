@@ -16,10 +16,11 @@ PLAIN = 16  # bits of a layer that stays as the checkpoint has it
 class Recipe:
     """bits and group_size of the layers; down_bits: of down_proj, which makes a third of int4's damage and which error
     feedback helps least; method: `rtn` rounds to nearest, `gptq` spreads every column's error over the later ones,
-    `w8a8` rounds weights to int8 per output channel after SmoothQuant on all four points with `alpha` (None: searched,
-    point by point), for activations in int8 with one scale per `token`, found at run time, or per `tensor`, fixed by
-    calibration; `none` leaves the decoder as it is. vision: `none`, `int8` (W8A8 per token) or `int8-static`. kv_cache:
-    scales of an INT8 KV cache are added. true_sequential: every group of layers sees inputs from the groups before it
+    `w8a8` rounds weights to int8 per output channel (with `feedback` as GPTQ does) after SmoothQuant on all four points
+    with `alpha` (None: searched, point by point), for activations in int8 with one scale per `token`, found at run
+    time, or per `tensor`, fixed by calibration; `none` leaves the decoder as it is. vision: `none`, `int8` (W8A8 per
+    token) or `int8-static`. kv_cache: scales of an INT8 KV cache are added. true_sequential: every group of layers
+    sees inputs from the groups before it
     as quantized, for four times the passes. visual_weight: how much a picture's token counts in GPTQ's Hessian against
     a word's. rotate: what is turned before anything else, exactly: `none`, the residual stream (`r1`), the values of
     every head (`r2`) or both (`r1+r2`), see edgevl.calibration.rotation; rotate_seed: of its signs. overrides: bits of
@@ -34,6 +35,7 @@ class Recipe:
     down_bits: int = 0  # 0: as `bits`
     alpha: float | None = 0.5  # of w8a8
     activations: str = "token"  # of w8a8
+    feedback: bool = False  # of w8a8
     vision: str = "none"
     vision_alpha: float | None = 0.5
     kv_cache: bool = False
@@ -73,8 +75,8 @@ RECIPES = {
         Recipe("rtn-int4", "rtn", 4, 128, clip=False),
         Recipe("rtn-int4-clip", "rtn", 4, 128),
         Recipe("int8", "rtn", 8, 128, clip=False),
-        Recipe("w8a8", "w8a8", 8, -1, clip=False, alpha=None),
-        Recipe("w8a8-static", "w8a8", 8, -1, clip=False, alpha=0.8, activations="tensor"),
+        Recipe("w8a8", "w8a8", 8, -1, clip=False, alpha=None, feedback=True),
+        Recipe("w8a8-static", "w8a8", 8, -1, clip=False, alpha=0.8, activations="tensor", feedback=True),
         Recipe("kv-int8", "none", 0, -1, clip=False, kv_cache=True),
         Recipe("none", "none", 0, -1, clip=False),
     )

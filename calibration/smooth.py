@@ -43,7 +43,7 @@ __all__ = [
 Weights = MutableMapping[str, Tensor]
 Share = tuple[int, int, int]  # channels as [outer, shared, inner]: one factor along the middle axis
 Alpha = float | Mapping[str, float]
-Activations = Literal["token", "tensor"]
+Activations = Literal["token", "affine", "tensor"]
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _FLOOR = 1e-5  # of the largest: below it a column of weights is taken for that large
@@ -238,16 +238,22 @@ def static_scale(absmax: float) -> float:
     return float(np.float32(absmax / 127)) or 1.0
 
 
-def round_activations(x: Tensor, scale: float | None = None) -> Tensor:
+def round_activations(x: Tensor, scale: float | None = None, *, affine: bool = False) -> Tensor:
     """x [..., K] as the W8A8 kernels see it: int8 with one fixed `scale` (what lies outside is cut off), or in steps of
     every token's own.
 
     Those are of the token's largest magnitude: ONNX Runtime's DynamicQuantizeMatMul is given rows divided by it, and
     lays 256 codes between the least and the largest number of all rows (operator DynamicQuantizeLinear). So a step is
     1 / 127.5 of that magnitude where both signs reach it in some row, and 1 / 255 behind a GELU, where only one does.
+    With `affine`, as down_proj's kernel has it, the codes lie between the extremes of each token.
     """
     if scale is not None:
         return torch.round(x / scale).clamp_(-128, 127) * scale
+    if affine:
+        low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+        step = ((high - low) / 255).clamp_min(1e-30)
+        zero = torch.round(-low / step)
+        return (torch.round(x / step) + zero).clamp_(0, 255).sub_(zero) * step
     largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     unit = x / largest
     low, high = unit.amin().clamp_max(0), unit.amax().clamp_min(0)
@@ -263,19 +269,24 @@ def w8a8_error(
     *,
     activations: Activations = "token",
     absmax: Tensor | None = None,
+    rounded: Tensor | None = None,
 ) -> float:
     """Squared error of x Wᵀ in int8 as a share of its square.
 
     x: [T, K], whole sequences, first token included. weight: [N, K]. factors: [K], None for 1. activations: "token"
-    (every token's step, as it comes) or "tensor" (one scale fixed beforehand). absmax: [K], of more tokens than x's,
-    for that fixed scale.
+    (every token's step, as it comes), "affine" (with a zero point of its own) or "tensor" (one scale fixed
+    beforehand). absmax: [K], of more tokens than x's, for that fixed scale. rounded: [N, K], what int8 holds of weight
+    times factors; None: to nearest.
     """
     expected = x @ weight.T
     largest = x.abs().amax(0) if absmax is None else absmax
     if factors is not None:
         x, weight, largest = x / factors, weight * factors, largest / factors
     scale = static_scale(float(largest.max())) if activations == "tensor" else None
-    found = round_activations(x, scale) @ _round_weight(weight).T
+    found = (
+        round_activations(x, scale, affine=activations == "affine")
+        @ (_round_weight(weight) if rounded is None else rounded).T
+    )
     total = float(torch.sum(expected.square(), dtype=torch.float64))
     return float(torch.sum((found - expected).square(), dtype=torch.float64)) / total if total else 0.0
 
@@ -297,7 +308,7 @@ def search_alpha(
     Args:
         x: [T, K], activations at one point.
         weight: [N, K], the rows of all layers that read them.
-        activations: "token" (range of every token at run time) or "tensor" (one scale, fixed by calibration).
+        activations: "token", "affine" (range of every token at run time) or "tensor" (one scale, fixed by calibration).
         alphas: to try.
         share: as in `smooth_factors`.
         absmax: [K], of all calibration tokens; None: of x.

@@ -8,13 +8,15 @@ the input, as in ModelOpt's checkpoints; a scale per token needs none (measured:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from edgevl.calibration.formats import quantize_channels
+from edgevl.calibration.formats import ChannelQuantized, quantize_channels
+from edgevl.calibration.gptq import HessianAccumulator, gptq_quantize
 from edgevl.calibration.layer_report import LayerReport
 from edgevl.calibration.layers import DECODER_GROUPS, MERGER_GROUPS, VISION_GROUPS, Watch
 from edgevl.calibration.observers import ModalityObserver
@@ -38,6 +40,7 @@ from edgevl.calibration.smooth import (
 from edgevl.runtime.config import TextConfig, VisionConfig
 
 __all__ = [
+    "AFFINE",
     "Int8Block",
     "Int8Scheme",
     "Points",
@@ -51,6 +54,7 @@ __all__ = [
     "vision_points",
 ]
 
+AFFINE = ("down",)  # of a decoder layer
 _ROWS = 1024  # tokens of a point that the search of alpha sees: 36 MB at down_proj's input of the 2B
 
 
@@ -60,29 +64,35 @@ class Int8Scheme:
 
     activations: "token" (every token's own scale, found at run time) or "tensor" (one, fixed by calibration).
     alpha: of smoothing; None: the one of ALPHAS, or no smoothing, with the least output error, point by point.
+    feedback: weights by GPTQ, which spreads every column's error over the later ones, instead of to nearest.
     """
 
     activations: Activations
     alpha: float | None
+    feedback: bool = False
 
 
 @dataclass(frozen=True)
 class Points:
     """The inputs of a kind of block: layers by point, `folds` in the order in which factors are folded, `behind`: those
-    without a fold."""
+    without a fold; `affine`: those for which scales per token come with zero points."""
 
     groups: Mapping[str, tuple[str, ...]]
     folds: tuple[str, ...]
     behind: tuple[str, ...]
     share: Mapping[str, Share]
     fold: Callable[[dict[str, Tensor], Mapping[str, Tensor], float], dict[str, Tensor]]
+    affine: tuple[str, ...] = ()
+
+    def kind(self, point: str, activations: Activations) -> Activations:
+        return "affine" if activations == "token" and point in self.affine else activations
 
 
 def decoder_points(config: TextConfig) -> Points:
     def fold(weights: dict[str, Tensor], absmax: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
         return smooth_decoder_layer(weights, absmax, alpha, config)
 
-    return Points(DECODER_GROUPS, ("down", "o", "qkv", "gate_up"), (), {"o": kv_share(config)}, fold)
+    return Points(DECODER_GROUPS, ("down", "o", "qkv", "gate_up"), (), {"o": kv_share(config)}, fold, AFFINE)
 
 
 def vision_points(config: VisionConfig) -> Points:
@@ -120,18 +130,20 @@ class _Rows:
 
 
 class Statistics:
-    """A watcher of one block: ranges of text and visual tokens apart, and some tokens as they are, by point.
+    """A watcher of one block: ranges of text and visual tokens apart, some tokens as they are, and Hessians where they
+    are asked for, by point.
 
     Attributes:
         visual: bool [tokens] of the sequence that comes next, True for a picture's; None: all are.
     """
 
-    def __init__(self, points: Points, where: str) -> None:
+    def __init__(self, points: Points, where: str, *, hessians: bool = False) -> None:
         """`where` stands in errors."""
         self.visual: Tensor | None = None
         self.ranges: dict[str, ModalityObserver] = {}
         self._points, self._where = points, where
         self._rows: dict[str, _Rows] = {}
+        self._hessians: dict[str, HessianAccumulator] | None = {} if hessians else None
 
     def __call__(self, point: str, x: Tensor) -> None:
         if point not in self._points.groups:
@@ -139,13 +151,21 @@ class Statistics:
         if point not in self.ranges:
             self.ranges[point] = ModalityObserver(x.shape[-1], f"{self._where}, input of {point}")
             self._rows[point] = _Rows()
+            if self._hessians is not None:
+                self._hessians[point] = HessianAccumulator(x.shape[-1], self.ranges[point].name)
         visual = torch.ones(len(x), dtype=torch.bool) if self.visual is None else self.visual
         self.ranges[point].add(x, visual)
         self._rows[point].add(x)
+        if self._hessians is not None:
+            self._hessians[point].add(x)
 
     def absmax(self, point: str) -> Tensor:
         """[K], over all tokens."""
         return self.ranges[point].together().absmax
+
+    def take_hessian(self, point: str) -> Tensor | None:
+        """[K, K], the caller's from now on: the largest one is as large as a layer."""
+        return None if self._hessians is None else self._hessians.pop(point).hessian
 
     def rows(self, point: str) -> Tensor:
         """[at most 1024, K]."""
@@ -200,19 +220,24 @@ def quantize_block(
     smooth = {name: value.clone() for name, value in weights.items()}
     found = smooth_block(smooth, seen, points, scheme)
     pre = {point: f.pre for point, f in found.items() if f.pre is not None}
-    block = Int8Block({}, smooth, rounding({p: f.scale for p, f in found.items()}, pre), [])
+    block = Int8Block({}, smooth, rounding({p: f.scale for p, f in found.items()}, pre, points.affine), [])
     for point, names in points.groups.items():
         decided, absmax = found[point], seen.absmax(point)
+        hessian = seen.take_hessian(point) if scheme.feedback else None
+        if hessian is not None and decided.factors is not None:  # of the inputs as they will be
+            hessian.div_(decided.factors[:, None]).div_(decided.factors)
         for name in names:
             weight = smooth[f"{name}.weight"]
-            codes = quantize_channels(weight.numpy())
+            codes = quantize_channels(weight.numpy()) if hessian is None else _with_feedback(weight, hessian)
             smooth[f"{name}.weight"] = torch.from_numpy(codes.codes * codes.scales[:, None])
             block.tensors |= {f"{name}.{k}": torch.from_numpy(v) for k, v in pack_int8(codes).items()}
             if decided.scale is not None:
                 block.tensors[f"{name}.input_scale"] = torch.tensor([decided.scale])
             if decided.pre is not None:
                 block.tensors[f"{name}.pre_quant_scale"] = decided.pre.clone()
-            error = _errors(seen.rows(point), weights[f"{name}.weight"], weight, decided, absmax)
+            kind = points.kind(point, scheme.activations)
+            three = weights[f"{name}.weight"], weight, smooth[f"{name}.weight"]
+            error = _errors(seen.rows(point), *three, decided, absmax, kind)
             block.reports.append(_report(f"{prefix}.{name}", seen.ranges[point], decided, *error))
     return block
 
@@ -230,7 +255,7 @@ def _decide(weights: dict[str, Tensor], seen: Statistics, points: Points, scheme
             search = search_alpha(
                 seen.rows(point),
                 joined,
-                activations=scheme.activations,
+                activations=points.kind(point, scheme.activations),
                 alphas=ALPHAS,
                 share=points.share.get(point),
                 absmax=absmax,
@@ -249,15 +274,28 @@ def _decide(weights: dict[str, Tensor], seen: Statistics, points: Points, scheme
     return found
 
 
-def _errors(x: Tensor, original: Tensor, smoothed: Tensor, decided: Smoothing, absmax: Tensor) -> tuple[float, float]:
-    """Output error of a layer as it is now, and as it would be without smoothing."""
-    kind: Activations = "token" if decided.scale is None else "tensor"
+def _with_feedback(weight: Tensor, hessian: Tensor) -> ChannelQuantized:
+    found = gptq_quantize(
+        weight, hessian, bits=8, group_size=-1, symmetric=True, clip=False, scale_dtype=torch.float32
+    ).weight
+    codes = found.codes.reshape(weight.shape).astype(np.int16) - 128
+    return ChannelQuantized(codes.astype(np.int8), found.scales[:, 0])
+
+
+def _errors(
+    x: Tensor,
+    original: Tensor,
+    smoothed: Tensor,
+    rounded: Tensor,
+    decided: Smoothing,
+    absmax: Tensor,
+    kind: Activations,
+) -> tuple[float, float]:
+    """Output error of a layer as it is now, and as it would be without the method: not smoothed, to nearest."""
     plain = w8a8_error(x, original, activations=kind, absmax=absmax)
-    if decided.factors is None:
-        return plain, plain
     # The rows may have been divided too (up_proj's, v_proj's): as a share of the output that changes nothing much.
-    weight = smoothed / decided.factors
-    return w8a8_error(x, weight, decided.factors, activations=kind, absmax=absmax), plain
+    weight = smoothed if decided.factors is None else smoothed / decided.factors
+    return w8a8_error(x, weight, decided.factors, activations=kind, absmax=absmax, rounded=rounded), plain
 
 
 def _report(name: str, ranges: ModalityObserver, decided: Smoothing, error: float, plain: float) -> LayerReport:
@@ -267,14 +305,16 @@ def _report(name: str, ranges: ModalityObserver, decided: Smoothing, error: floa
     return LayerReport(name, 8, error, plain, None, decided.alpha, *before, *after, decided.scale)
 
 
-def rounding(scales: Mapping[str, float | None], pre: Mapping[str, Tensor] | None = None) -> Watch:
+def rounding(
+    scales: Mapping[str, float | None], pre: Mapping[str, Tensor] | None = None, affine: Sequence[str] = ()
+) -> Watch:
     """A watcher that gives the layers at the points of `scales` rounded activations: with one scale, or (None) with
-    every token's own; multiplied with `pre` first."""
+    every token's own, and its own zero point at the points of `affine`; multiplied with `pre` first."""
     pre = pre or {}
 
     def watch(point: str, x: Tensor) -> Tensor | None:
         if point not in scales:
             return None
-        return round_activations(x * pre[point] if point in pre else x, scales[point])
+        return round_activations(x * pre[point] if point in pre else x, scales[point], affine=point in affine)
 
     return watch

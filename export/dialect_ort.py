@@ -2,8 +2,8 @@
 
 Keeps to what ONNX Runtime 1.23 runs, the newest for Python 3.10 and so for JetPack 6. Measured choices, with their
 figures, are in benchmarks/LOG.md; in short: MatMulNBits with accuracy_level 4 for weight-only layers;
-DynamicQuantizeMatMul over rows scaled to [-1, 1] for W8A8, which makes the per-tensor kernel per token, and
-QuantizeLinear with MatMulIntegerToFloat where a checkpoint brings static scales;
+DynamicQuantizeMatMul over rows scaled to [-1, 1] for W8A8, which makes the per-tensor kernel per token (down_proj has
+zero points per token beside it), and QuantizeLinear with MatMulIntegerToFloat where a checkpoint brings static scales;
 GroupQueryAttention without its own rotary, because its rotary knows one table per batch and M-RoPE needs one per row.
 """
 
@@ -122,7 +122,11 @@ class OrtDialect:
         # Not merged: on the CPU the Split costs more than the larger product gains (0.74 ms against 1.64).
         a, b = self._product(x, [gate], False), self._product(x, [up], False)
         silu = self.builder.op("QuickGelu", [a], {"alpha": 1.0}, domain=MICROSOFT)
-        return self._product(self.builder.op("Mul", [silu, b]), [down], False)
+        h = self.builder.op("Mul", [silu, b])
+        form = self._weights.format_of([down], self._precision.linear)
+        if form.kind == "w8a8" and form.input_scale is None and self._weights.pre_scale(down) is None:
+            return self._affine_product(h, down, x)
+        return self._product(h, [down], False)
 
     def patch_embedding(self, patches: ir.Value, name: str) -> ir.Value:
         # Stays float in every precision: pixels are the one input whose error nothing later can mend, and it is
@@ -160,6 +164,31 @@ class OrtDialect:
         while inputs[-1] is None:
             inputs.pop()
         return self.builder.op("MatMulIntegerToFloat", inputs, domain=MICROSOFT)
+
+    def _affine_product(self, x: ir.Value, name: str, like: ir.Value) -> ir.Value:
+        """W8A8 with 256 codes between the extremes of every token, for what a gate made: a token's outliers are of one
+        sign there, and codes around zero would leave half of the range empty. `like`: what has the output's shape.
+
+        x ≈ step (code - zero), so x Wᵀ = step ((code - 128) Wᵀ + (128 - zero) sums of W's rows): the kernel takes no
+        zero point per row.
+        """
+        op, constant = self.builder.op, self.builder.constant
+        flat = self._flat(x, self._weights.columns_of(name))
+        last, nothing = constant("axis_last", np.array([-1], np.int64)), constant("float32_0", np.array(0, np.float32))
+        low = op("Min", [op("ReduceMin", [flat, last], {"keepdims": 0}), nothing])
+        high = op("Max", [op("ReduceMax", [flat, last], {"keepdims": 0}), nothing])
+        codes_between = constant("float32_255", np.array(255, np.float32))
+        step = op("Max", [op("Div", [op("Sub", [high, low]), codes_between]), constant("tiny", _TINY)])
+        zero = op("Round", [op("Div", [op("Neg", [low]), step])])
+        coded = op("Cast", [zero], {"to": int(ir.DataType.UINT8)})
+        codes = op("QuantizeLinear", [flat, step, coded], {"axis": 0})
+        weight, scales = self._weights.channels([name])
+        middle = constant("uint8_128", np.array(128, np.uint8))
+        one = constant("float32_1", np.array(1, np.float32))
+        y = op("MatMulIntegerToFloat", [codes, weight, one, scales, middle], domain=MICROSOFT)
+        shift = op("Unsqueeze", [op("Sub", [constant("float32_128", np.array(128, np.float32)), zero]), last])
+        y = op("Add", [y, op("Mul", [shift, self._weights.channel_sums([name])])])
+        return op("Reshape", [op("Mul", [y, op("Unsqueeze", [step, last])]), op("Shape", [like])])
 
     def _matmul_nbits(self, x: ir.Value, weight: BlockWeights, bias: ir.Value | None) -> ir.Value:
         if weight.order is not None:

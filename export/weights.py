@@ -58,6 +58,7 @@ class WeightStore:
     def __init__(self, checkpoint: Checkpoint, builder: GraphBuilder, dtype: str) -> None:
         self._checkpoint, self._builder = checkpoint, builder
         self._quantized = QuantizedReader(checkpoint)
+        self._sums: dict[str, np.ndarray] = {}
         self.dtype = np.dtype(dtype)
 
     def rows_of(self, names: Sequence[str]) -> int:
@@ -150,6 +151,7 @@ class WeightStore:
         key = merged_key(names)
         rows, columns = self.rows_of(names), self.columns_of(names[0])
         scales = np.empty(rows, np.float32)
+        sums = self._sums[key] = np.empty(rows, np.float32)
 
         def chunks() -> Iterator[np.ndarray]:
             out = np.empty((columns, rows), np.int8)
@@ -157,11 +159,19 @@ class WeightStore:
             for q in self._channel_parts(names):
                 stop = start + len(q.scales)
                 out[:, start:stop], scales[start:stop] = q.codes.T, q.scales
+                sums[start:stop] = q.codes.sum(1, dtype=np.int64) * q.scales
                 start = stop
             yield out
 
         codes = self._builder.weight(f"{key}.weight.int8", np.int8, (columns, rows), chunks)
         return codes, self._builder.weight(f"{key}.weight.int8.scales", np.float32, (rows,), lambda: [scales])
+
+    def channel_sums(self, names: Sequence[str]) -> ir.Value:
+        """float32 [N]: the sums of the rows of `channels`, which is to be asked for first."""
+        key = merged_key(names)
+        return self._builder.weight(
+            f"{key}.weight.int8.sums", np.float32, self._sums[key].shape, lambda: [self._sums[key]]
+        )
 
     def blocks(self, names: Sequence[str], form: LinearFormat, gathered: bool = False) -> BlockWeights:
         """Packed codes, scales and zero points for MatMulNBits.

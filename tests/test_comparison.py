@@ -1,4 +1,4 @@
-"""What `compare` says of INT8 vision against the driver, which kept its hidden states, and against the engine."""
+"""What `compare` rounds: INT8 vision against the driver, which kept its hidden states, and against the engine."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ import torch
 
 from edgevl.benchmarks.divergence import conversation_logits, divergence
 from edgevl.calibration.comparison import compare, vision_rounding
-from edgevl.calibration.dataset import SampleSource
+from edgevl.calibration.dataset import Sample, SampleSource
 from edgevl.calibration.dequantized import FloatCheckpoint
 from edgevl.calibration.driver import quantize_checkpoint
 from edgevl.calibration.fidelity import combined
 from edgevl.calibration.recipes import recipe
 from edgevl.calibration.vision import Tower
 from edgevl.export.exporter import ExportOptions, export_bundle
+from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.generation import VisionLanguageModel
+from edgevl.runtime.mrope import rotary_rows
 from edgevl.runtime.prompt import collect_vision
 from edgevl.runtime.vision import VisionStage
 from edgevl.tasks import TASKS
@@ -100,3 +102,65 @@ def test_vision_activations_are_rounded(vision: str, tmp_path: Path) -> None:
     print(vision, engine.kl, found.kl, emulated / whole, weights_only / whole)
     assert emulated == pytest.approx(whole, rel=0.15)
     assert weights_only < 0.8 * whole
+
+
+def test_down_proj_has_zero_points_per_token(tmp_path: Path) -> None:
+    """The decoder's products over affine codes against float64, from what the graph feeds them."""
+    source = SampleSource(DEMO)
+    samples = [source.sample(c) for c in conversations("calibration", 8)]
+    quantize_checkpoint(DEMO, tmp_path / "q", recipe("w8a8"), samples)
+    export_bundle(tmp_path / "q", tmp_path / "b", ExportOptions(vision_precision="fp32"))
+    graph = onnx.load(tmp_path / "b" / "decoder.onnx", load_external_data=False)
+    readers: dict[str, list[Any]] = {}
+    for node in graph.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    products = []
+    for node in [n for n in graph.graph.node if n.op_type == "QuantizeLinear"]:
+        (product,) = readers[node.output[0]]
+        last = product
+        while last.op_type != "Reshape":
+            (last,) = (n for n in readers[last.output[0]] if n is not last)
+        products.append((product.input[1].split(".weight.")[0], node.input[0], last.output[0]))
+    assert [name for name, *_ in products] == [f"model.layers.{i}.mlp.down_proj" for i in range(4)]
+    wanted = [name for _, *both in products for name in both]
+    graph.graph.output.extend(onnx.ValueInfoProto(name=n) for n in wanted)
+    onnx.save(graph, tmp_path / "b" / "watched.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "b" / "watched.onnx", providers=["CPUExecutionProvider"])
+    found = dict(zip(wanted, session.run(wanted, decoder_feed(source.sample(conversations("test", 1)[0])))))
+    with FloatCheckpoint.open(tmp_path / "q") as b:
+        for name, x, y in products:
+            rows, weight = found[x].astype(np.float64), b.read(f"{name}.weight").astype(np.float64)
+            low, high = rows.min(1, keepdims=True).clip(max=0), rows.max(1, keepdims=True).clip(min=0)
+            step = (high - low) / 255
+            zero = np.rint(-low / step)
+            expected = (np.clip(np.rint(rows / step) + zero, 0, 255) - zero) * step @ weight.T
+            assert found[y].shape[:2] == (1, len(rows))
+            assert np.abs(found[y][0] - expected).max() < 2e-3 * np.abs(expected).max()  # numbers on an edge
+            assert np.abs(found[y][0] - expected).mean() < 1e-5 * np.abs(expected).max()
+            lost = rows @ weight.T - expected
+            assert np.abs(lost).mean() > 20 * np.abs(found[y][0] - expected).mean(), "or the test cannot tell"
+
+
+def decoder_feed(sample: Sample) -> dict[str, np.ndarray]:
+    """A prompt of words: pictures are random rows."""
+    config = ModelConfig.from_folder(DEMO).text
+    cos, sin = rotary_rows(sample.positions, config)
+    length, slots = len(sample.ids), np.flatnonzero(sample.visual)
+    shape = (1, config.num_key_value_heads, length, config.head_dim)
+    cache = {
+        f"past_key_values.{i}.{kind}": np.zeros(shape, np.float32)
+        for i in range(config.num_hidden_layers)
+        for kind in ("key", "value")
+    }
+    return {
+        "input_ids": sample.ids[None],
+        "image_embeds": np.random.default_rng(0).standard_normal((len(slots), config.hidden_size)).astype(np.float32),
+        "image_slots": slots,
+        "logits_rows": np.array([length - 1]),
+        "rotary_cos": cos[None],
+        "rotary_sin": sin[None],
+        "seqlens_k": np.array([length - 1], np.int32),
+        "total_sequence_length": np.array([length], np.int32),
+        **cache,
+    }

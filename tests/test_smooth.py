@@ -251,26 +251,37 @@ def test_wrong_arguments_are_refused() -> None:
 # ---------------------------------------------------------------------- int8
 
 
-def slow_w8a8(x: np.ndarray, weight: np.ndarray, activations: str) -> float:
-    """One number at a time: a scale for all tokens, or 256 codes between the extremes of tokens divided by their
-    largest magnitude."""
-    q = quantize_channels(weight.astype(np.float32))
+def slow_codes(x: np.ndarray, activations: str) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers [T, K] and what they are multiplied with [T], one token at a time: one scale for all tokens; 256
+    codes between the extremes of all tokens divided by their largest magnitude; or between those of each token."""
     unit = [token / np.abs(token).max() for token in x]
-    step = (max(0, max(u.max() for u in unit)) - min(0, min(u.min() for u in unit))) / 255
-    zero = round(-min(0, min(u.min() for u in unit)) / step)
-    found = np.zeros((len(x), len(weight)))
+    low, high = min(0, *(u.min() for u in unit)), max(0, *(u.max() for u in unit))
+    codes, scales = np.zeros(x.shape), np.zeros(len(x))
     for t, token in enumerate(x):
-        scale = step * np.abs(token).max() if activations == "token" else np.abs(x).max() / 127
-        codes = [round(v / scale) for v in token]
+        scale, zero, bounds = np.abs(x).max() / 127, 0, (-128, 127)
         if activations == "token":
-            codes = [max(0, min(255, code + zero)) - zero for code in codes]
+            scale, zero, bounds = (high - low) / 255 * np.abs(token).max(), round(-low / ((high - low) / 255)), (0, 255)
+        elif activations == "affine":
+            least, most = min(0, token.min()), max(0, token.max())
+            scale = (most - least) / 255
+            zero, bounds = round(-least / scale), (0, 255)
+        codes[t] = [max(bounds[0], min(bounds[1], round(v / scale) + zero)) - zero for v in token]
+        scales[t] = scale
+    return codes, scales
+
+
+def slow_w8a8(x: np.ndarray, weight: np.ndarray, activations: str) -> float:
+    q = quantize_channels(weight.astype(np.float32))
+    codes, scales = slow_codes(x, activations)
+    found = np.zeros((len(x), len(weight)))
+    for t in range(len(x)):
         for n in range(len(weight)):
-            found[t, n] = sum(c * scale * int(k) * float(q.scales[n]) for c, k in zip(codes, q.codes[n]))
+            found[t, n] = sum(c * scales[t] * int(k) * float(q.scales[n]) for c, k in zip(codes[t], q.codes[n]))
     exact = x @ weight.T
     return float(((found - exact) ** 2).sum() / (exact**2).sum())
 
 
-@pytest.mark.parametrize("activations", ["token", "tensor"])
+@pytest.mark.parametrize("activations", ["token", "affine", "tensor"])
 def test_int8_error_equals_a_slow_loop(activations: str) -> None:
     x, weight = noise(7, 12), noise(5, 12, seed=1)
     x[2, 3], x[4] = 40.0, x[4].abs()

@@ -22,6 +22,8 @@ from edgevl.calibration import w8a8
 from edgevl.calibration.dataset import Sample
 from edgevl.calibration.driver import QuantizeReport, quantize_checkpoint
 from edgevl.calibration.fidelity import DivergenceSum
+from edgevl.calibration.formats import quantize_channels
+from edgevl.calibration.gptq import gptq_quantize
 from edgevl.calibration.layer_report import LayerReport
 from edgevl.calibration.recipes import RECIPES, Recipe, recipe
 from edgevl.calibration.smooth import ALPHAS
@@ -31,6 +33,7 @@ from edgevl.calibration.w8a8 import (
     Statistics,
     decoder_points,
     merger_points,
+    quantize_block,
     smooth_block,
     vision_points,
 )
@@ -162,6 +165,55 @@ def test_alpha_is_searched_and_smoothing_left_out_where_it_hurts() -> None:
     assert found["qkv"].factors[3] > 5 * found["qkv"].factors.median()
     assert found["proj"].alpha is None and found["proj"].factors is None
     assert found["fc2"].pre is not None and found["fc2"].alpha in ALPHAS
+
+
+def test_feedback_is_gptq_on_the_smoothed_inputs() -> None:
+    """Codes against GPTQ on a Hessian of the divided inputs themselves; nearest codes lose more of the output."""
+    points, t = decoder_points(CONFIG.text), CONFIG.text
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    kv = t.num_key_value_heads * t.head_dim
+    shapes = {"self_attn.q_proj": t.hidden_size, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+    weights = {f"{n}.weight": noise(rows, t.hidden_size) for n, rows in shapes.items()}
+    weights |= {f"{n}.bias": noise(rows) for n, rows in shapes.items()}
+    weights |= {f"{n}.weight": noise(t.hidden_size) for n in ("input_layernorm", "post_attention_layernorm")}
+    weights["self_attn.o_proj.weight"] = noise(t.hidden_size, t.hidden_size)
+    weights |= {f"mlp.{p}_proj.weight": noise(t.intermediate_size, t.hidden_size) for p in ("gate", "up")}
+    weights["mlp.down_proj.weight"] = noise(t.hidden_size, t.intermediate_size)
+    seen, inputs = Statistics(points, "block", hessians=True), {}
+    for point, width in {"qkv": t.hidden_size, "o": t.hidden_size, "gate_up": t.hidden_size, "down": 512}.items():
+        inputs[point] = noise(700, 40) @ noise(40, width) + 0.1 * noise(700, width)
+        seen(point, inputs[point])
+    block = quantize_block(weights, seen, points, Int8Scheme("token", 0.5, feedback=True), "model.layers.0")
+    smooth = {n: w.clone() for n, w in weights.items()}
+    factors = smooth_block(smooth, seen, points, Int8Scheme("token", 0.5))
+    for point, names in points.groups.items():
+        divided = factors[point].factors
+        assert divided is not None
+        x = inputs[point] / divided
+        for name in names:
+            weight = smooth[f"{name}.weight"]
+            expected = (
+                gptq_quantize(weight, x.T @ x, bits=8, group_size=-1, clip=False, scale_dtype=torch.float32)
+                .weight.codes.reshape(weight.shape)
+                .astype(int)
+                - 128
+            )
+            codes = block.tensors[f"{name}.weight"].numpy()
+            assert codes.dtype == np.int8 and (codes == expected).mean() > 0.98, name
+            nearest = quantize_channels(weight.numpy())
+            lost = [
+                float((x @ (weight - torch.from_numpy(c * s[:, None])).T).square().sum())
+                for c, s in (
+                    (codes, block.tensors[f"{name}.weight_scale"].numpy()[:, 0]),
+                    (nearest.codes, nearest.scales),
+                )
+            ]
+            assert lost[0] < 0.5 * lost[1], name
+    assert all(r.error is not None and r.rtn_error is not None and 0 < r.error < 1e-3 for r in block.reports)
 
 
 def test_rows_kept_do_not_depend_on_the_pace() -> None:
