@@ -27,6 +27,7 @@ from edgevl.runtime.engine import Engine
 from edgevl.runtime.errors import BundleError, CheckpointError, InputError
 from edgevl.runtime.golden import COSINE_FLOORS, STAGES, StageResult, VerifyReport, _close, _equal_prefix, replay
 from edgevl.runtime.golden_case import GoldenCase
+from edgevl.runtime.image_processing import VisionGrid
 from edgevl.runtime.ort_engine import OrtEngine
 from edgevl.runtime.tensor_file import read_tensors, write_tensors
 
@@ -191,6 +192,16 @@ def test_untied_head(tmp_path):
     finish = functools.partial(write_golden, source=source)
     export_bundle(source, tmp_path / "bundle", ExportOptions("fp32"), finish=finish)
     assert check(tmp_path / "bundle").first_drift is None
+
+
+def test_released_pixel_limits(tiny, tmp_path):
+    """Qwen2-VL's own are wider than the demo's and leave room for the limits that videos have of their own."""
+    checkpoint = Path(shutil.copytree(tiny.checkpoint, tmp_path / "checkpoint"))
+    path = checkpoint / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"min_pixels": 3136, "max_pixels": 12845056}))
+    folder = Exports(checkpoint).bundle("fp32")
+    assert check(folder).passed
+    assert GoldenCase.load(folder / "golden/video.safetensors").vision[0].grid == VisionGrid(4, 4, 6)
 
 
 def test_golden_answer_is_that_of_transformers_generate(tiny):
