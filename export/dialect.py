@@ -15,6 +15,8 @@ __all__ = ["Dialect"]
 
 
 class Dialect(Protocol):
+    narrows_last_layer: bool  # whether the wanted rows leave the others before the last layer's MLP, or behind it
+
     def input(self, name: str) -> ir.Value: ...
 
     def output(self, name: str, value: ir.Value) -> None: ...

@@ -37,6 +37,7 @@ class OrtDialect:
     """Implements edgevl.export.dialect.Dialect for one graph."""
 
     opset, ir_version = OPSET, IR_VERSION
+    narrows_last_layer = True
 
     def __init__(
         self, spec: GraphSpec, config: ModelConfig, checkpoint: Checkpoint, data: DataFile, precision: Precision

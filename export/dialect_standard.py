@@ -32,6 +32,7 @@ class StandardDialect:
 
     opset = 24  # TensorScatter
     ir_version = 11
+    narrows_last_layer = False  # at one token, which counts most, it would only add a kernel
 
     def __init__(
         self, spec: GraphSpec, config: ModelConfig, checkpoint: Checkpoint, data: DataFile, precision: Precision
