@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from edgevl.benchmarks.energy import EnergyMeter, heat
+from edgevl.benchmarks.plotting import rate_text
 from edgevl.benchmarks.stages import Job, Request, Runner, StageClock, open_job, rss_mb
 from edgevl.benchmarks.workloads import arrival_times
 from edgevl.runtime import VisionLanguageModel
@@ -156,16 +157,19 @@ class Load:
     @property
     def verdict(self) -> str:
         """One line."""
-        grew = f"median wait {self.early_queue_s:.2f} s in the first quarter, {self.late_queue_s:.2f} s in the last"
-        rates = f"offered {self.offered_per_s:.3g}/s, came {self.came_per_s:.3g}/s, served {self.served_per_s:.3g}/s"
+        offered, came, served = map(rate_text, (self.offered_per_s, self.came_per_s, self.served_per_s))
+        rates = f"offered {offered}/s, came {came}/s, served {served}/s"
+        wait = f"median wait {self.early_queue_s:.2f} s in the first quarter, {self.late_queue_s:.2f} s in the last"
+        if self.full_per_s is None:
+            return f"keeps up so far (no batch was full): {rates}, worker busy {self.busy:.0%}; {wait}"
+        most = f"full batches reach {rate_text(self.full_per_s)}/s"
         if self.overloaded:
             return (
-                f"OVERLOADED: {rates} ({self.served_per_s / self.offered_per_s:.0%} of what was offered), full batches "
-                f"reach {self.full_per_s:.3g}/s; the queue grew: {grew}. Latency depends on how long the run was"
+                f"OVERLOADED: {rates} ({self.served_per_s / self.offered_per_s:.0%} of what was offered), {most}; the "
+                f"queue grew: {wait}. Latency depends on how long the run was"
             )
-        if self.full_per_s is not None and self.came_per_s > self.full_per_s:
-            return f"near its limit: {rates}, full batches reach {self.full_per_s:.3g}/s; {grew}"
-        return f"keeps up: {rates}, worker busy {self.busy:.0%}; {grew}"
+        word = "near its limit" if self.came_per_s > self.full_per_s else "keeps up"
+        return f"{word}: {rates}, {most}, worker busy {self.busy:.0%}; {wait}"
 
 
 def load(runs: Sequence[Sequence[Arrival]], offered: float, largest: int) -> Load:

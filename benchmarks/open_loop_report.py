@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevl.benchmarks.plotting import COLOURS, by_round, case_names, colour_cycle, figure, svg, table
+from edgevl.benchmarks.plotting import COLOURS, by_round, case_names, colour_cycle, figure, rate_text, svg, table
 
 __all__ = ["LOAD", "SPANS", "load_row", "open_plots", "print_open_tables", "tail_cell"]
 
@@ -28,8 +28,8 @@ def load_row(case: dict[str, Any]) -> tuple[str, ...]:
     """What the columns `LOAD` show of a case."""
     load = case["load"]
     return (
-        f"{load['offered_per_s']:.3g}",
-        f"{load['served_per_s']:.3g}",
+        rate_text(load["offered_per_s"]),
+        rate_text(load["served_per_s"]),
         f"{load['tokens_per_s']:.1f}",
         f"{load['batch_size']:.1f}",
         f"{100 * load['busy']:.0f}",
@@ -98,11 +98,10 @@ def _queue(cases: Sequence[dict[str, Any]]) -> str:
     for case, colour, name in zip(cases, colour_cycle(len(cases)), case_names(cases)):
         for n, requests in enumerate(by_round(case)):
             label = name.replace("\n", ", ") if n == 0 else None
-            due, waited = [r["at_s"] for r in requests], [r["queue_s"] for r in requests]
-            axes.plot(due, waited, "o-", markersize=2.5, linewidth=0.8, color=colour, label=label)
+            waited = [r["queue_s"] for r in requests]
+            axes.plot(range(1, len(waited) + 1), waited, "o-", markersize=2.5, linewidth=0.8, color=colour, label=label)
     axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("due, seconds since the first request of each process")
+    axes.set_xlabel("request of each process, in the order of arrival")
     axes.set_ylabel("waited, s")
     drawn.legend(ncols=2, loc="outside upper center", frameon=False)
     return svg(drawn)

@@ -9,7 +9,18 @@ from typing import Any
 
 from edgevl.runtime.errors import EdgeVLError
 
-__all__ = ["COLOURS", "by_round", "case_names", "cell", "colour_cycle", "figure", "library", "svg", "table"]
+__all__ = [
+    "COLOURS",
+    "by_round",
+    "case_names",
+    "cell",
+    "colour_cycle",
+    "figure",
+    "library",
+    "rate_text",
+    "svg",
+    "table",
+]
 
 # Picked apart by lightness too, for readers who see few colours.
 COLOURS = ("#1b4f72", "#2e86c1", "#85c1e9", "#b9770e", "#f5b041", "#7d3c98", "#27ae60", "#c0392b")
@@ -28,6 +39,11 @@ def cell(values: dict[str, float], digits: int, scale: float = 1.0) -> str:
     if not values["n"]:
         return ""
     return f"{values['p50'] * scale:.{digits}f} ({values['p95'] * scale:.{digits}f})"
+
+
+def rate_text(per_s: float) -> str:
+    """Three digits, and never as a power of ten."""
+    return f"{per_s:.3g}" if per_s < 1000 else f"{per_s:,.0f}"
 
 
 def figure(height: float = 3.2) -> tuple[Any, Any]:
