@@ -15,6 +15,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from edgevl.benchmarks.open_loop import Arrival, load
 from edgevl.benchmarks.report import SCHEMA, check_libraries, html_page, percentiles, print_table, write_lines
 from edgevl.benchmarks.roofline import Ceilings, decode_bytes, measure_ceilings, prefill_work, vision_work
 from edgevl.benchmarks.stages import STAGES, Job
@@ -37,15 +38,27 @@ __all__ = ["bench"]
 @click.option("--frames", type=int, metavar="N", help="Another number of video frames.")
 @click.option("--prompt-tokens", type=int, metavar="N", help="Another length of the question.")
 @click.option("--new-tokens", type=int, metavar="N", help="Another length of the answer.")
-@click.option("--concurrency", type=int, metavar="N", help="Requests answered together.")
-@click.option("--requests", default=5, show_default=True, type=click.IntRange(1), help="Measured in every process.")
+@click.option("--concurrency", type=int, metavar="N", help="Requests answered together (with --arrivals: at most).")
+@click.option(
+    "--arrivals",
+    multiple=True,
+    type=float,
+    metavar="R",
+    help="Open loop: R requests per second arrive by themselves (repeatable: a case for each rate).",
+)
+@click.option(
+    "--requests",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Measured in every process [default: 5; 50 with --arrivals].",
+)
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Processes of every case.")
 @click.option(
     "--minutes", default=0.0, type=click.FloatRange(0), help="Soak: go on at least this long in every process."
 )
 @click.option("--engine", default="ort-cpu", show_default=True, metavar="E", help=f"{', '.join(ENGINES)}.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Worker threads [default: the usable cores].")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of pictures.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of pictures and arrivals.")
 @click.option("--checkpoint", "kind", default="not told", metavar="TEXT", help="What the weights are, for the report.")
 @click.option("--json", "json_path", metavar="F", help="Write one JSON line per case.")
 @click.option("--report", metavar="F.html", help="Write a page with plots.")
@@ -67,9 +80,13 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
     \b
     Example:
       edgevl bench bundle --workload picture --workload document --report bench.html
+      edgevl bench bundle --arrivals 0.5 --arrivals 2 --concurrency 4 --report load.html
     """
     check_libraries(page=options["report"] is not None)
-    works = [_workload(name, options) for name in names or ("picture",)]
+    _check_arrivals(options)
+    works = [
+        _workload(name, rate, options) for name in names or ("picture",) for rate in options["arrivals"] or (None,)
+    ]
     for bundle in bundles:
         Bundle.open(bundle)
     if options["engine"] not in (*ENGINES, "auto"):
@@ -88,15 +105,16 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
     ceilings = measure_ceilings(threads)
     system = system_info(threads)
     cores = tuple(sorted(os.sched_getaffinity(0))[:threads]) if hasattr(os, "sched_getaffinity") else ()
+    requests = options["requests"] or (50 if options["arrivals"] else 5)
     jobs = [
-        Job(bundle, work, options["engine"], threads, options["requests"], options["minutes"], options["seed"], cores)
+        Job(bundle, work, options["engine"], threads, requests, options["minutes"], options["seed"], cores)
         for bundle in bundles
         for work in works
     ]
     measured = _run(jobs, options["rounds"])
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     head = {"schema": SCHEMA, "date": date, "system": system, "checkpoint": options["kind"]}
-    cases = [{**head, **case_of(job, rounds, ceilings)} for job, rounds in zip(jobs, measured)]
+    cases = [{**head, **_case(job, rounds, ceilings)} for job, rounds in zip(jobs, measured)]
     print_table(cases)
     if options["json_path"]:
         write_lines(Path(options["json_path"]), cases)
@@ -149,8 +167,28 @@ def _keep_profile(bundle: str, engine: str, threads: int) -> None:
     note(f"profile: {path}")
 
 
-def _workload(name: str, options: dict[str, Any]) -> Workload:
-    changes = {k: options[k] for k in ("pictures", "frames", "prompt_tokens", "new_tokens", "concurrency")}
+def _check_arrivals(options: dict[str, Any]) -> None:
+    if not options["arrivals"]:
+        return
+    for rate in options["arrivals"]:
+        if not 0 < rate <= 10_000:
+            raise InputError(f"--arrivals {rate:g}: expected requests per second, above 0, at most 10000")
+    if len(set(options["arrivals"])) < len(options["arrivals"]):
+        raise InputError(f"--arrivals: the same rate twice in {', '.join(f'{r:g}' for r in options['arrivals'])}")
+    if options["minutes"]:
+        seconds = f"{60 * options['minutes']:g} s at {options['arrivals'][0]:g} per second"
+        count = max(1, round(60 * options["minutes"] * options["arrivals"][0]))
+        raise InputError(
+            f"--minutes goes on with a closed loop; with --arrivals expected --requests (for {seconds}: --requests "
+            f"{count})"
+        )
+    if options["operators"]:
+        raise InputError("--operators traces one request; it does not go with --arrivals")
+
+
+def _workload(name: str, rate: float | None, options: dict[str, Any]) -> Workload:
+    changes: dict[str, float | None] = {"arrivals_per_s": rate}
+    changes |= {k: options[k] for k in ("pictures", "frames", "prompt_tokens", "new_tokens", "concurrency")}
     if options["size"] is not None:
         try:
             changes["width"], changes["height"] = (int(x) for x in options["size"].lower().split("x"))
@@ -171,13 +209,14 @@ def _run(jobs: list[Job], rounds: int) -> list[list[dict[str, Any]]]:
         for number in range(rounds):
             for index in in_turn(range(len(jobs)), number):
                 bar.set_postfix_str(f"{Path(jobs[index].bundle).name} {jobs[index].workload.name}")
-                results[index].append(_measure(jobs[index]))
+                results[index].append(_measure(replace(jobs[index], round=number)))
                 bar.update()
     return results
 
 
 def _measure(job: Job) -> dict[str, Any]:
-    command = [sys.executable, "-m", "edgevl.benchmarks.stages"]
+    loop = "open_loop" if job.workload.arrivals_per_s else "stages"
+    command = [sys.executable, "-m", f"edgevl.benchmarks.{loop}"]
     text = json.dumps(asdict(replace(job, spawned=time.time())))
     done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment(job.threads))
     if done.returncode:
@@ -187,13 +226,10 @@ def _measure(job: Job) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def case_of(job: Job, rounds: list[dict[str, Any]], ceilings: Ceilings) -> dict[str, Any]:
+def _case(job: Job, rounds: list[dict[str, Any]], ceilings: Ceilings) -> dict[str, Any]:
     """The JSON object of one bundle and workload, without what is the same for all cases."""
     bundle, work = Bundle.open(job.bundle), job.workload
     requests = [{**r, "round": n} for n, m in enumerate(rounds) for r in m["requests"]]
-    steps = [s for r in requests for s in r["steps_s"]]
-    rates = [work.concurrency * len(r["steps_s"]) / sum(r["steps_s"]) for r in requests if r["steps_s"]]
-    stages = {s: percentiles([r["stages"][s] for r in requests]) for s in STAGES}
     return {
         "bundle": bundle.folder.name,
         "precision": bundle.precision,
@@ -201,21 +237,52 @@ def case_of(job: Job, rounds: list[dict[str, Any]], ceilings: Ceilings) -> dict[
         "workload": asdict(work),
         "describe": work.describe,
         "seed": job.seed,
-        "minutes": job.minutes,
         "cold_s": [m["cold_s"] for m in rounds],
         "open_s": [m["open_s"] for m in rounds],
         "ttft_s": percentiles([r["ttft_s"] for r in requests]),
-        "tpot_s": percentiles(steps),
-        "tokens_per_s": percentiles(rates),
         "total_s": percentiles([r["total_s"] for r in requests]),
-        "detokenize_s": percentiles([r["detokenize_s"] for r in requests]),
-        "stages": stages,
         "memory_mb": {"peak": max(m["peak_mb"] for m in rounds), "after_open": max(m["rss_open_mb"] for m in rounds)},
-        "energy": _energy(rounds, requests),
-        "roofline": _shares(bundle, work, requests, stages, steps, ceilings),
         "throttled": None if rounds[0]["throttled"] is None else sum(m["throttled"] for m in rounds),
+        **(_open(job, rounds) if work.arrivals_per_s else _closed(job, bundle, rounds, requests, ceilings)),
         "warm_up": [m["warm_up"] for m in rounds],
         "requests": requests,
+    }
+
+
+def _closed(
+    job: Job, bundle: Bundle, rounds: list[dict[str, Any]], requests: list[dict[str, Any]], ceilings: Ceilings
+) -> dict[str, Any]:
+    work = job.workload
+    steps = [s for r in requests for s in r["steps_s"]]
+    rates = [work.concurrency * len(r["steps_s"]) / sum(r["steps_s"]) for r in requests if r["steps_s"]]
+    stages = {s: percentiles([r["stages"][s] for r in requests]) for s in STAGES}
+    return {
+        "loop": "closed",
+        "minutes": job.minutes,
+        "tpot_s": percentiles(steps),
+        "tokens_per_s": percentiles(rates),
+        "detokenize_s": percentiles([r["detokenize_s"] for r in requests]),
+        "stages": stages,
+        "energy": _energy(rounds, requests),
+        "roofline": _shares(bundle, work, requests, stages, steps, ceilings),
+    }
+
+
+def _open(job: Job, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    runs = [[Arrival(**r) for r in m["requests"]] for m in rounds]
+    every = [a for run in runs for a in run]
+    found = load(runs, job.workload.arrivals_per_s, job.workload.concurrency)
+    known = all(m["joules"] is not None for m in rounds)
+    return {
+        "loop": "open",
+        "queue_s": percentiles([a.queue_s for a in every]),
+        "tpot_s": percentiles([(a.total_s - a.ttft_s) / (a.new_tokens - 1) for a in every if a.new_tokens > 1]),
+        "load": {**asdict(found), "verdict": found.verdict},
+        "energy": {
+            "j_per_request": sum(m["joules"] for m in rounds) / len(every) if known else None,
+            "sources": rounds[0]["energy_sources"],
+            "absent": rounds[0]["energy_absent"],
+        },
     }
 
 

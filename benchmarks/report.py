@@ -1,23 +1,36 @@
 """The results of `edgevl bench`: one JSON line per case, a table, and a self-contained HTML page with plots.
 
-JSON lines, schema `edgevl.bench/1`. One object per bundle and workload:
+JSON lines, schema `edgevl.bench/2`. One object per bundle and workload:
 
     schema, date, system      what it was measured on (see system_info.py)
     bundle, precision, checkpoint   the bundle's folder name, its precision, what its weights are (as the caller says)
+    loop                      "closed" (a request begins when the one before has ended) or "open" (requests arrive)
     engine, workload, seed    engine name; the fields of Workload
     cold_s, open_s            per round: process start to first token, and opening the bundle
-    ttft_s, tpot_s, tokens_per_s, total_s, stages.<name>   {"p50", "p95", "p99", "min", "max", "n"} over all requests
+    ttft_s, tpot_s, total_s   {"p50", "p95", "p99", "min", "max", "n"} over all requests
     memory_mb                 {"peak", "after_open"}: the process's own, largest over rounds
-    energy                    {"j_per_request", "j_before_first_token", "j_per_token", "sources", "absent"}
-    roofline                  {"read_gb_s", "gemm_gop_s", "decode", "prefill", "vision"}: ceilings and shares reached
+    energy                    {"j_per_request", "sources", "absent"}; in an open loop idle seconds count
     throttled                 how often the processor throttled while measuring, null where it does not count
     requests                  every request as it was measured
+
+only of a closed loop (stages.py), where tpot_s is over all steps:
+
+    tokens_per_s, detokenize_s, stages.<name>   as ttft_s
+    minutes                   of a soak, or 0
+    energy                    {"j_before_first_token", "j_per_token"} too
+    roofline                  {"read_gb_s", "gemm_gop_s", "decode", "prefill", "vision"}: ceilings and shares reached
+
+only of an open loop (open_loop.py), where ttft_s and total_s count from when a request was due, and tpot_s is the mean
+gap between the tokens of a request, over requests:
+
+    queue_s                   as ttft_s: from when a request was due until the worker took it
+    load                      the fields of Load (rates, busy share, overloaded, ...) and "verdict", the same in words
+
+Schema 1 had closed loops only, and no "loop".
 """
 
 from __future__ import annotations
 
-import importlib
-import io
 import json
 import statistics
 from collections.abc import Sequence
@@ -27,15 +40,15 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from edgevl.benchmarks.open_loop_report import LOAD, SPANS, load_row, open_plots, print_open_tables, tail_cell
+from edgevl.benchmarks.plotting import COLOURS, by_round, case_names, cell, colour_cycle, figure, library, svg, table
 from edgevl.benchmarks.stages import STAGES
-from edgevl.runtime.errors import EdgeVLError, InputError
+from edgevl.runtime.errors import InputError
 
 __all__ = ["SCHEMA", "check_libraries", "html_page", "percentiles", "print_table", "read_lines", "write_lines"]
 
-SCHEMA = "edgevl.bench/1"
+SCHEMA = "edgevl.bench/2"
 _PAGE = Path(__file__).with_name("report.html.jinja")
-# Picked apart by lightness too, for readers who see few colours.
-_COLOURS = ("#1b4f72", "#2e86c1", "#85c1e9", "#b9770e", "#f5b041", "#7d3c98", "#27ae60", "#c0392b")
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -71,25 +84,43 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def print_table(cases: Sequence[dict[str, Any]]) -> None:
-    """Two tables on stdout: latency and memory, and the stages; below them what was asked."""
-    console = _library("rich.console").Console(highlight=False)
+    """Two tables on stdout for closed loops (latency and memory; the stages), two for open ones; below them what was
+    asked."""
+    console = library("rich.console").Console(highlight=False)
     if not console.is_terminal:  # 80 columns would cut every header
         console.width = 120
-    latency = _table("latency: p50 (p95)", ("cold s", "TTFT s", "ms / token", "tokens / s", "peak MB", "J / token"))
+    closed, opened = _by_loop(cases)
+    if closed:
+        _print_closed_tables(closed, console)
+    if opened:
+        print_open_tables(opened, console)
+    for text in dict.fromkeys(f"{c['workload']['name']}: {c['describe']}" for c in cases):
+        console.print(text)
+    for text in dict.fromkeys(f"{c['bundle']}: {c['precision']}, {c['engine']}" for c in cases):
+        console.print(text)
+
+
+def _by_loop(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The closed cases, and the open ones."""
+    return [c for c in cases if c["loop"] == "closed"], [c for c in cases if c["loop"] == "open"]
+
+
+def _print_closed_tables(cases: Sequence[dict[str, Any]], console: Any) -> None:
+    latency = table("latency: p50 (p95)", ("cold s", "TTFT s", "ms / token", "tokens / s", "peak MB", "J / token"))
     for case in cases:
         latency.add_row(
             case["bundle"],
             case["workload"]["name"],
             f"{statistics.median(case['cold_s']):.2f}",
-            _cell(case["ttft_s"], 3),
-            _cell(case["tpot_s"], 1, 1e3),
+            cell(case["ttft_s"], 3),
+            cell(case["tpot_s"], 1, 1e3),
             f"{case['tokens_per_s']['p50']:.1f}" if case["tokens_per_s"]["n"] else "",
             f"{case['memory_mb']['peak']:,.0f}",
             "no sensor" if case["energy"]["j_per_token"] is None else f"{case['energy']['j_per_token']:.2f}",
         )
     kinds = ("vision", "prefill", "decode")
     names = (*(s.removesuffix("_s") for s in STAGES), *(f"{k} %" for k in kinds))
-    stages = _table("stages before the first token: ms, p50; and % of what the machine could do at most", names)
+    stages = table("stages before the first token: ms, p50; and % of what the machine could do at most", names)
     for case in cases:
         times = [f"{case['stages'][s]['p50'] * 1e3:.1f}" for s in STAGES]
         shares = [case["roofline"].get(k) for k in kinds]
@@ -97,25 +128,6 @@ def print_table(cases: Sequence[dict[str, Any]]) -> None:
         stages.add_row(case["bundle"], case["workload"]["name"], *times, *shown)
     console.print(latency)
     console.print(stages)
-    for text in dict.fromkeys(f"{c['workload']['name']}: {c['describe']}" for c in cases):
-        console.print(text)
-    for text in dict.fromkeys(f"{c['bundle']}: {c['precision']}, {c['engine']}" for c in cases):
-        console.print(text)
-
-
-def _table(title: str, numbers: Sequence[str]) -> Any:
-    table = _library("rich.table").Table(title=title, title_justify="left", box=_library("rich.box").SIMPLE_HEAD)
-    for name in ("bundle", "workload"):
-        table.add_column(name, no_wrap=True)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _cell(values: dict[str, float], digits: int, scale: float = 1.0) -> str:
-    if not values["n"]:
-        return ""
-    return f"{values['p50'] * scale:.{digits}f} ({values['p95'] * scale:.{digits}f})"
 
 
 # ---------------------------------------------------------------------- the page
@@ -123,6 +135,20 @@ def _cell(values: dict[str, float], digits: int, scale: float = 1.0) -> str:
 
 def html_page(cases: Sequence[dict[str, Any]], fidelity: dict[str, Any] | None = None) -> str:
     """One page without references to other files. `fidelity`: bundle name -> KL, for precision against speed."""
+    closed, opened = _by_loop(cases)
+    plots = _closed_plots(closed, fidelity) if closed else []
+    if opened:
+        plots += open_plots(opened)
+    template = jinja2.Environment(autoescape=True).from_string(_PAGE.read_text(encoding="utf-8"))
+    return template.render(
+        closed=closed, opened=opened, plots=plots, system=cases[0]["system"], date=cases[0]["date"],
+        absent=cases[0]["energy"]["absent"], cell=cell, median=statistics.median,
+        spans=SPANS, load_columns=LOAD, load_row=load_row, tail_cell=tail_cell,
+    )  # fmt: skip
+
+
+def _closed_plots(cases: Sequence[dict[str, Any]], fidelity: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """(title, note, svg) of every plot."""
     plots = [("Before the first token", "Where the time of a request goes, median of each stage.", _stage_bars(cases))]
     plots.append(
         ("Time to first token", "Every measured request; pictures differ.", _distribution(cases, "ttft_s", 1.0, "s"))
@@ -141,51 +167,25 @@ def html_page(cases: Sequence[dict[str, Any]], fidelity: dict[str, Any] | None =
         plots.append(("Over time", "Time to first token while the machine heats up.", _soak(cases)))
     if fidelity:
         plots.append(("What precision costs", "KL to the original against speed.", _precision(cases, fidelity)))
-    template = jinja2.Environment(autoescape=True).from_string(_PAGE.read_text(encoding="utf-8"))
-    return template.render(
-        cases=cases, plots=plots, system=cases[0]["system"], date=cases[0]["date"], cell=_cell, median=statistics.median
-    )
-
-
-def _figure(height: float = 3.2) -> tuple[Any, Any]:
-    matplotlib = _library("matplotlib")
-    matplotlib.use("Agg")
-    pyplot = _library("matplotlib.pyplot")
-    matplotlib.rcParams.update(
-        {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    )
-    return pyplot.subplots(figsize=(8, height), layout="constrained")
-
-
-def _svg(figure: Any) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    _library("matplotlib.pyplot").close(figure)
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _names(cases: Sequence[dict[str, Any]]) -> list[str]:
-    several = len({case["workload"]["name"] for case in cases}) > 1
-    return [case["bundle"] + (f"\n{case['workload']['name']}" if several else "") for case in cases]
+    return plots
 
 
 def _stage_bars(cases: Sequence[dict[str, Any]]) -> str:
-    figure, axes = _figure(1.0 + 0.5 * len(cases))
+    drawn, axes = figure(1.0 + 0.5 * len(cases))
     left = np.zeros(len(cases))
-    for stage, colour in zip(STAGES, _COLOURS):
+    for stage, colour in zip(STAGES, COLOURS):
         width = np.array([case["stages"][stage]["p50"] for case in cases])
         axes.barh(range(len(cases)), width, left=left, color=colour, label=stage.removesuffix("_s"), height=0.6)
         left += width
-    axes.set_yticks(range(len(cases)), _names(cases))
+    axes.set_yticks(range(len(cases)), case_names(cases))
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    figure.legend(ncols=len(STAGES), loc="outside upper center", frameon=False)
-    return _svg(figure)
+    drawn.legend(ncols=len(STAGES), loc="outside upper center", frameon=False)
+    return svg(drawn)
 
 
 def _distribution(cases: Sequence[dict[str, Any]], key: str, scale: float, unit: str) -> str:
-    figure, axes = _figure(1.0 + 0.5 * len(cases))
+    drawn, axes = figure(1.0 + 0.5 * len(cases))
     rng = np.random.default_rng(0)
     for i, case in enumerate(cases):
         if key == "steps_s":
@@ -195,30 +195,22 @@ def _distribution(cases: Sequence[dict[str, Any]], key: str, scale: float, unit:
         if not len(values):
             continue
         shown = values if len(values) <= 400 else rng.choice(values, 400, replace=False)
-        axes.plot(
-            shown * scale, i + rng.uniform(-0.2, 0.2, len(shown)), ".", color=_COLOURS[1], alpha=0.5, markersize=4
-        )
+        axes.plot(shown * scale, i + rng.uniform(-0.2, 0.2, len(shown)), ".", color=COLOURS[1], alpha=0.5, markersize=4)
         for q, style in ((50, "-"), (95, "--"), (99, ":")):
             at = float(np.percentile(values, q)) * scale
-            axes.plot([at, at], [i - 0.35, i + 0.35], style, color=_COLOURS[7], label=f"p{q}" if i == 0 else None)
-    axes.set_yticks(range(len(cases)), _names(cases))
+            axes.plot([at, at], [i - 0.35, i + 0.35], style, color=COLOURS[7], label=f"p{q}" if i == 0 else None)
+    axes.set_yticks(range(len(cases)), case_names(cases))
     axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel(unit)
-    figure.legend(ncols=3, loc="outside upper center", frameon=False)
-    return _svg(figure)
-
-
-def _rounds(case: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """The requests of each process: every one counts its seconds anew."""
-    numbers = sorted({r["round"] for r in case["requests"]})
-    return [[r for r in case["requests"] if r["round"] == n] for n in numbers]
+    drawn.legend(ncols=3, loc="outside upper center", frameon=False)
+    return svg(drawn)
 
 
 def _memory(cases: Sequence[dict[str, Any]]) -> str:
-    figure, axes = _figure()
-    for case, colour, name in zip(cases, _cycle(len(cases)), _names(cases)):
-        for n, requests in enumerate(_rounds(case)):
+    drawn, axes = figure()
+    for case, colour, name in zip(cases, colour_cycle(len(cases)), case_names(cases)):
+        for n, requests in enumerate(by_round(case)):
             seconds, resident = [r["at_s"] + r["total_s"] for r in requests], [r["rss_mb"] for r in requests]
             label = name.replace("\n", ", ") if n == 0 else None
             axes.plot(seconds, resident, "o-", markersize=3, color=colour, label=label)
@@ -226,45 +218,45 @@ def _memory(cases: Sequence[dict[str, Any]]) -> str:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("seconds since the first measured request of each process (dotted: peak)")
     axes.set_ylabel("MB")
-    figure.legend(ncols=2, loc="outside upper center", frameon=False)
-    return _svg(figure)
+    drawn.legend(ncols=2, loc="outside upper center", frameon=False)
+    return svg(drawn)
 
 
 def _roofline(cases: Sequence[dict[str, Any]]) -> str:
-    figure, axes = _figure(1.0 + 0.6 * len(cases))
+    drawn, axes = figure(1.0 + 0.6 * len(cases))
     kinds = ("vision", "prefill", "decode")
-    for k, (kind, colour) in enumerate(zip(kinds, _COLOURS)):
+    for k, (kind, colour) in enumerate(zip(kinds, COLOURS)):
         shares = [100 * (case["roofline"].get(kind) or 0) for case in cases]
         axes.barh(np.arange(len(cases)) + 0.25 * (k - 1), shares, height=0.22, color=colour, label=kind)
     axes.axvline(100, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(cases)), _names(cases))
+    axes.set_yticks(range(len(cases)), case_names(cases))
     axes.invert_yaxis()
     axes.set_xlabel("% of the ceiling")
-    figure.legend(ncols=3, loc="outside upper center", frameon=False)
-    return _svg(figure)
+    drawn.legend(ncols=3, loc="outside upper center", frameon=False)
+    return svg(drawn)
 
 
 def _soak(cases: Sequence[dict[str, Any]]) -> str:
-    figure, axes = _figure()
-    for case, colour, name in zip(cases, _cycle(len(cases)), _names(cases)):
-        for n, requests in enumerate(_rounds(case)):
+    drawn, axes = figure()
+    for case, colour, name in zip(cases, colour_cycle(len(cases)), case_names(cases)):
+        for n, requests in enumerate(by_round(case)):
             label = name.replace("\n", ", ") if n == 0 else None
             axes.plot([r["at_s"] / 60 for r in requests], [r["ttft_s"] for r in requests], color=colour, label=label)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("minutes")
     axes.set_ylabel("TTFT, s")
-    hot = [(r["at_s"] / 60, r["celsius"]) for r in _rounds(cases[0])[0] if r["celsius"] is not None]
+    hot = [(r["at_s"] / 60, r["celsius"]) for r in by_round(cases[0])[0] if r["celsius"] is not None]
     if hot:
         other = axes.twinx()
-        other.plot(*zip(*hot), color=_COLOURS[7], linewidth=0.8)
-        other.set_ylabel("°C", color=_COLOURS[7])
-    figure.legend(ncols=2, loc="outside upper center", frameon=False)
-    return _svg(figure)
+        other.plot(*zip(*hot), color=COLOURS[7], linewidth=0.8)
+        other.set_ylabel("°C", color=COLOURS[7])
+    drawn.legend(ncols=2, loc="outside upper center", frameon=False)
+    return svg(drawn)
 
 
 def _precision(cases: Sequence[dict[str, Any]], fidelity: dict[str, Any]) -> str:
-    figure, axes = _figure()
-    for case, colour in zip(cases, _cycle(len(cases))):
+    drawn, axes = figure()
+    for case, colour in zip(cases, colour_cycle(len(cases))):
         if case["bundle"] in fidelity and case["tokens_per_s"]["n"]:
             kl = fidelity[case["bundle"]]
             axes.plot(case["tokens_per_s"]["p50"], kl, "o", color=colour)
@@ -272,21 +264,10 @@ def _precision(cases: Sequence[dict[str, Any]], fidelity: dict[str, Any]) -> str
     axes.set_xlabel("tokens per second")
     axes.set_ylabel("KL to the original")
     axes.set_ylim(bottom=0)
-    return _svg(figure)
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+    return svg(drawn)
 
 
 def check_libraries(page: bool) -> None:
     """Raises EdgeVLError where the table (or the page) could not be made: better before minutes of measuring."""
     for name in ("rich", *(("matplotlib",) if page else ())):
-        _library(name)
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as e:
-        raise EdgeVLError(f"`edgevl bench` needs the package {e.name!r}; pip install 'edgevl[bench]'") from None
+        library(name)

@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,23 @@ from edgevl.benchmarks.energy import EnergyMeter, heat
 from edgevl.benchmarks.workloads import Workload, question
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.doctor import peak_rss_bytes
+from edgevl.runtime.errors import InputError
+from edgevl.runtime.generation import PreparedPrompt
 from edgevl.runtime.image_cache import content_key
 from edgevl.runtime.image_loading import load_image
 from edgevl.runtime.image_processing import ProcessedImage, preprocess_frames, preprocess_image, smart_resize
+from edgevl.runtime.sampling import GenerationConfig
 from edgevl.runtime.vision import EncodedImage, VisionStage
 
-__all__ = ["STAGES", "Job", "Measured", "Request", "Runner", "run_job"]
+__all__ = ["STAGES", "Job", "Measured", "Request", "Runner", "StageClock", "open_job", "rss_mb", "run_job"]
 
 STAGES = ("file_s", "resize_s", "patches_s", "vision_s", "prompt_s", "prefill_s")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process is told. `spawned`: time.time() when it was started. `minutes`: of a soak; 0: `requests`."""
+    """What one process is told. `spawned`: time.time() when it was started. `minutes`: of a soak; 0: `requests`.
+    `round`: which process of the case it is; only the schedule of arrivals depends on it."""
 
     bundle: str
     workload: Workload
@@ -54,6 +58,7 @@ class Job:
     seed: int = 0
     cores: tuple[int, ...] = ()
     spawned: float = 0.0
+    round: int = 0
 
     @classmethod
     def from_json(cls, text: str) -> Job:
@@ -101,15 +106,15 @@ class Measured:
 
 
 def run_job(job: Job) -> Measured:
-    """Measure in this process (which should be fresh: memory and cold start are the process's)."""
-    if job.cores:
-        os.sched_setaffinity(0, job.cores)
-    spawned = job.spawned or time.time()
-    began = time.perf_counter()
-    model = VisionLanguageModel.open(job.bundle, job.engine, threads=job.threads)
-    open_s = time.perf_counter() - began
-    rss_open = _rss_mb()
-    runner = Runner(model, job)
+    """Measure in this process (which should be fresh: memory and cold start are the process's).
+
+    Raises:
+        InputError: the workload is an open loop (see open_loop.py).
+    """
+    if job.workload.arrivals_per_s:
+        raise InputError(f"workload {job.workload.name!r}: requests arrive by themselves; measure it as an open loop")
+    model, runner, open_s, spawned = open_job(job)
+    rss_open = rss_mb()
     with EnergyMeter() as meter:
         first: list[float] = []
         warm_up = runner.request(0, meter.read, lambda: first.append(time.time() - spawned))
@@ -120,7 +125,7 @@ def run_job(job: Job) -> Measured:
             at = time.perf_counter() - origin
             now = heat()
             done = runner.request(len(requests) + 1, meter.read)
-            requests.append(replace(done, at_s=at, rss_mb=_rss_mb(), mhz=now.mhz, celsius=now.celsius))
+            requests.append(replace(done, at_s=at, rss_mb=rss_mb(), mhz=now.mhz, celsius=now.celsius))
         after = heat()
         throttled = None if after.throttled is None else after.throttled - (hot.throttled or 0)
         name = model.engine.name
@@ -140,7 +145,18 @@ def run_job(job: Job) -> Measured:
         )
 
 
-class _Clock:
+def open_job(job: Job) -> tuple[VisionLanguageModel, Runner, float, float]:
+    """The model on the job's cores and engine, a runner for it, the seconds that opening took, and time.time() when the
+    process was started."""
+    if job.cores:
+        os.sched_setaffinity(0, job.cores)
+    spawned = job.spawned or time.time()
+    began = time.perf_counter()
+    model = VisionLanguageModel.open(job.bundle, job.engine, threads=job.threads)
+    return model, Runner(model, job), time.perf_counter() - began, spawned
+
+
+class StageClock:
     """Adds up the seconds of named stages."""
 
     def __init__(self) -> None:
@@ -161,6 +177,28 @@ class Runner:
         self._text = question(model, job.workload.prompt_tokens)
         self._vision = VisionStage(model.engine.vision, model.config, model.bundle.image_processor)
 
+    def files(self, row: int) -> tuple[list[bytes], list[bytes]]:
+        """JPEG bytes of the pictures, and of the frames of the video, of one request."""
+        work, seed = self._work, self._job.seed
+        pictures = [work.picture(seed, row, i) for i in range(work.pictures)]
+        return pictures, work.video(seed, row) if work.frames else []
+
+    def prompt(self, pictures: Sequence[bytes], frames: Sequence[bytes], clock: StageClock) -> PreparedPrompt:
+        """The prompt of one request, its pictures encoded."""
+        content: list[dict[str, Any]] = [{"type": "image", "image": self._encode([p], clock)} for p in pictures]
+        if frames:
+            content.append({"type": "video", "video": self._encode(frames, clock)})
+        content.append({"type": "text", "text": self._text})
+        prompt = self._model.prepare([{"role": "user", "content": content}])
+        clock.lap("prompt_s")
+        return prompt
+
+    def config(self) -> GenerationConfig:
+        """Greedy, and as many tokens as the workload asks for."""
+        return self._model.generation_config(
+            max_new_tokens=self._work.new_tokens, eos_token_ids=(-1,), do_sample=False, repetition_penalty=1.0
+        )
+
     def request(
         self,
         number: int,
@@ -168,26 +206,13 @@ class Runner:
         on_first: Callable[[], None] = lambda: None,
     ) -> Request:
         """Answer request `number` (all its rows, where several are asked at once)."""
-        work, model, seed = self._work, self._model, self._job.seed
+        work, model = self._work, self._model
         # The files are there before the request begins.
-        files = [
-            ([work.picture(seed, number * work.concurrency + row, i) for i in range(work.pictures)],
-             work.video(seed, number * work.concurrency + row) if work.frames else [])
-            for row in range(work.concurrency)
-        ]  # fmt: skip
+        files = [self.files(number * work.concurrency + row) for row in range(work.concurrency)]
         before = joules()
-        clock, started = _Clock(), time.perf_counter()
-        prompts = []
-        for pictures, frames in files:
-            content: list[dict[str, Any]] = [{"type": "image", "image": self._encode([p], clock)} for p in pictures]
-            if frames:
-                content.append({"type": "video", "video": self._encode(frames, clock)})
-            content.append({"type": "text", "text": self._text})
-            prompts.append(model.prepare([{"role": "user", "content": content}]))
-            clock.lap("prompt_s")
-        config = model.generation_config(
-            max_new_tokens=work.new_tokens, eos_token_ids=(-1,), do_sample=False, repetition_penalty=1.0
-        )
+        clock, started = StageClock(), time.perf_counter()
+        prompts = [self.prompt(*f, clock) for f in files]
+        config = self.config()
         first: list[float] = []
         at_first: list[float | None] = []
         times: list[float] = []
@@ -240,7 +265,7 @@ class Runner:
             on_step(pieces)
         return [row.completion().token_ids for row in rows]
 
-    def _encode(self, files: list[bytes], clock: _Clock) -> EncodedImage:
+    def _encode(self, files: Sequence[bytes], clock: StageClock) -> EncodedImage:
         """One picture, or the frames of one video, stage by stage."""
         processor = self._model.bundle.image_processor
         images = [load_image(f) for f in files]
@@ -261,7 +286,7 @@ class Runner:
         return EncodedImage(embeds, done.grid, done.original_size, done.resized_size, key, 0.0, 0.0)
 
 
-def _rss_mb() -> float:
+def rss_mb() -> float:
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

@@ -2,11 +2,16 @@
 
 No two requests of a run share a picture, so that no cache of features can answer for the encoder. Pictures are made
 like photographs (large soft shapes and fine noise) and handed over as JPEG bytes: a device decodes files too.
+
+A workload is a closed loop (a request begins when the one before has ended) or, with `arrivals_per_s`, an open one:
+requests come when the schedule says, as those of many users do. What rate makes sense depends on the machine, so no
+named workload has one.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +23,7 @@ from edgevl.runtime.errors import InputError
 if TYPE_CHECKING:
     from edgevl.runtime import VisionLanguageModel
 
-__all__ = ["WORKLOADS", "Workload", "question", "workload"]
+__all__ = ["WORKLOADS", "Workload", "arrival_times", "question", "workload"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Workload:
 
     width, height: of every picture and frame, in pixels. pictures: per request. frames: of one video per request, 0
     for none. prompt_tokens: of the question, besides pictures and template. new_tokens: of the answer; end tokens are
-    not heeded. concurrency: requests answered together.
+    not heeded. concurrency: requests answered together; at most, of those waiting, where they come by themselves.
+    arrivals_per_s: mean rate of an open loop's requests (`arrival_times`), 0 for a closed loop.
     """
 
     name: str
@@ -38,6 +44,7 @@ class Workload:
     prompt_tokens: int = 16
     new_tokens: int = 64
     concurrency: int = 1
+    arrivals_per_s: float = 0.0
 
     def __post_init__(self) -> None:
         limits = {
@@ -48,6 +55,7 @@ class Workload:
             "prompt_tokens": (1, 32768),
             "new_tokens": (1, 8192),
             "concurrency": (1, 64),
+            "arrivals_per_s": (0, 10_000),
         }
         for name, (least, most) in limits.items():
             value = getattr(self, name)
@@ -63,8 +71,10 @@ class Workload:
         if self.frames:
             parts.append(f"{self.frames} frames {self.width}×{self.height}")
         parts += [f"{self.prompt_tokens} text tokens", f"{self.new_tokens} new"]
+        if self.arrivals_per_s:
+            parts.append(f"{self.arrivals_per_s:g} arrive per second")
         if self.concurrency > 1:
-            parts.append(f"{self.concurrency} at once")
+            parts.append(f"{'up to ' if self.arrivals_per_s else ''}{self.concurrency} at once")
         return ", ".join(parts)
 
     def picture(self, seed: int, request: int, index: int) -> bytes:
@@ -101,8 +111,9 @@ WORKLOADS = {
 }
 
 
-def workload(name: str, **changes: int | None) -> Workload:
-    """The workload `name`, with the fields that are given (not None) changed.
+def workload(name: str, **changes: float | None) -> Workload:
+    """The workload `name`, with the fields that are given (not None) changed; its name says so with a star, and with
+    the rate of arrivals, by which the cases of one run may differ.
 
     Raises:
         InputError: an unknown name or a value out of range.
@@ -110,7 +121,24 @@ def workload(name: str, **changes: int | None) -> Workload:
     if name not in WORKLOADS:
         raise InputError(f"workload {name!r} is unknown; expected one of {', '.join(WORKLOADS)}")
     given: dict[str, Any] = {k: v for k, v in changes.items() if v is not None}
-    return replace(WORKLOADS[name], **given, name=f"{name}*" if given else name)
+    rate = given.get("arrivals_per_s")
+    shown = name + ("*" if set(given) - {"arrivals_per_s"} else "") + ("" if rate is None else f" {rate:g}/s")
+    return replace(WORKLOADS[name], **given, name=shown)
+
+
+def arrival_times(rate: float, count: int, seed: Sequence[int]) -> np.ndarray:
+    """When `count` requests of a Poisson process come, float64 [count] in seconds; the first comes at 0.
+
+    The gaps are exponential with mean 1 / rate, drawn for the seed alone: two rates with one seed have the same
+    schedule, stretched.
+
+    Raises:
+        InputError: a rate that is not positive, or no requests.
+    """
+    if not 0 < rate < np.inf or count < 1:
+        raise InputError(f"arrivals: rate {rate:g} per second, {count} requests; expected a rate above 0 and 1 or more")
+    gaps = np.random.default_rng([*seed, 2_000_000]).standard_exponential(count - 1)
+    return np.concatenate([[0.0], np.cumsum(gaps)]) / rate
 
 
 def question(model: VisionLanguageModel, tokens: int) -> str:

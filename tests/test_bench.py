@@ -278,6 +278,7 @@ def test_json_lines_hold_what_the_schema_says(measured, tiny: Pair):
     cases = read_lines(measured[1] / "r.jsonl")
     assert [c["workload"]["name"] for c in cases] == ["picture*", "batch-4*"]
     for case in cases:
+        assert case["loop"] == "closed" and case["workload"]["arrivals_per_s"] == 0
         assert case["schema"] == SCHEMA and case["checkpoint"] == "tiny, random" and case["bundle"] == tiny.bundle.name
         assert case["system"]["processor"] and case["system"]["threads"] == 1
         assert len(case["requests"]) == 4 == case["ttft_s"]["n"] and [r["round"] for r in case["requests"]] == [
@@ -338,7 +339,7 @@ def test_a_prompt_that_does_not_fit_is_told_by_name(tiny: Pair):
 
 def test_a_file_of_another_schema_is_refused(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps({"schema": "edgevl.bench/9"}) + "\n")
-    with pytest.raises(InputError, match=r"schema 'edgevl.bench/9', this edgevl reads 'edgevl.bench/1'"):
+    with pytest.raises(InputError, match=r"schema 'edgevl.bench/9', this edgevl reads 'edgevl.bench/2'"):
         read_lines(tmp_path / "r.jsonl")
 
 
