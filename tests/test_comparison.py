@@ -127,7 +127,9 @@ def test_down_proj_has_zero_points_per_token(tmp_path: Path) -> None:
     graph.graph.output.extend(onnx.ValueInfoProto(name=n) for n in wanted)
     onnx.save(graph, tmp_path / "b" / "watched.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "b" / "watched.onnx", providers=["CPUExecutionProvider"])
-    found = dict(zip(wanted, session.run(wanted, decoder_feed(source.sample(conversations("test", 1)[0])))))
+    found: dict[str, Any] = dict(
+        zip(wanted, session.run(wanted, decoder_feed(source.sample(conversations("test", 1)[0]))))
+    )
     with FloatCheckpoint.open(tmp_path / "q") as b:
         for name, x, y in products:
             rows, weight = found[x].astype(np.float64), b.read(f"{name}.weight").astype(np.float64)
