@@ -201,12 +201,25 @@ def round_inputs(_: Any, args: tuple[torch.Tensor]) -> torch.Tensor:
     return (torch.clamp(torch.round(unit / step) + zero, 0, 255) - zero) * step * largest
 
 
+def round_each_token(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """As down_proj's kernel has them: 256 codes between the extremes of every token."""
+    (x,) = given
+    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    step = (high - low) / 255
+    zero = torch.round(-low / step)
+    return (torch.clamp(torch.round(x / step) + zero, 0, 255) - zero) * step
+
+
+def rounding_of(name: str) -> Callable[..., torch.Tensor]:
+    return round_each_token if name.endswith("down_proj") else round_inputs
+
+
 def test_w8a8_rounds_activations(make: Callable[[str], Made], tmp_path: Path) -> None:
     made = make("int8 channels and activations")
     found = measured(made, tmp_path)
     model = made.model(None)
     for name in made.written.layers:
-        linear(model, name).register_forward_pre_hook(round_inputs)
+        linear(model, name).register_forward_pre_hook(rounding_of(name))
     expected = [kl(logits(made.model([]), s), logits(model, s)).mean() for s in made.samples]
     weights_only = [kl(logits(made.model([]), s), logits(made.model(None), s)).mean() for s in made.samples]
     assert [d.kl for d in found.conversations] == pytest.approx(expected, rel=0.05)  # ties may round the other way
@@ -267,7 +280,7 @@ def test_w8a8_parts_round_only_their_inputs(make: Callable[[str], Made], tmp_pat
         unit = Unit("x", "group", ("model.layers.0.mlp.down_proj",))
         (found,) = sensitivities(a, b, made.samples, [unit], tmp_path)
     model = made.model(unit.modules)
-    linear(model, unit.modules[0]).register_forward_pre_hook(round_inputs)
+    linear(model, unit.modules[0]).register_forward_pre_hook(rounding_of(unit.modules[0]))
     expected = np.concatenate([kl(logits(made.model([]), s), logits(model, s)) for s in made.samples]).mean()
     assert found.kl == pytest.approx(expected, rel=0.05)
 
