@@ -74,7 +74,10 @@ demo-model: $(VENV)/.ready
 	git cat-file blob $(FIRST_WEIGHTS) > out/demo-model/start/model.safetensors
 	$(BIN)/python -m demo.training.train out/demo-model --from out/demo-model/start
 	$(BIN)/python -m demo.training.export out/demo-model out/demo-model/model
-	$(BIN)/python -m demo.training.evaluate out/demo-model/model --out out/demo-model/eval.json --verify 72
+	$(BIN)/python -m demo.training.train out/demo-model-2 --from out/demo-model/model --plan demo/training/plan-2.json
+	$(BIN)/python -m demo.training.train out/demo-model-3 --from out/demo-model-2 --plan demo/training/plan-3.json
+	$(BIN)/python -m demo.training.export out/demo-model-3 out/demo-model-3/model
+	$(BIN)/python -m demo.training.evaluate out/demo-model-3/model --out out/demo-model-3/eval.json --verify 72
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
