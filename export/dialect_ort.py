@@ -155,11 +155,12 @@ class OrtDialect:
 
     def _static_product(self, x: ir.Value, names: Sequence[str], scale: float, bias: ir.Value | None) -> ir.Value:
         """x as uint8 around 128, which is the int8 of the scheme (the kernel for u8 × s8 is 40 times that for s8 × s8);
-        layers over one input share it."""
+        layers over one input share it. (QuantizeLinear is Microsoft's: ONNX Runtime 1.23, JetPack 6's last, has no kernel
+        of opset 23.)"""
         zero = self.builder.constant("uint8_128", np.array(128, np.uint8))
         step = self.builder.constant(f"float32_{scale!r}", np.array(scale, np.float32))
         if (x, scale) not in self._coded:
-            self._coded[x, scale] = self.builder.op("QuantizeLinear", [x, step, zero])
+            self._coded[x, scale] = self.builder.op("QuantizeLinear", [x, step, zero], domain=MICROSOFT)
         codes, scales = self._weights.channels(names)
         inputs = [self._coded[x, scale], codes, step, scales, zero, None, bias]
         while inputs[-1] is None:
@@ -182,7 +183,7 @@ class OrtDialect:
         step = op("Max", [op("Div", [op("Sub", [high, low]), codes_between]), constant("tiny", _TINY)])
         zero = op("Round", [op("Div", [op("Neg", [low]), step])])
         coded = op("Cast", [zero], {"to": int(ir.DataType.UINT8)})
-        codes = op("QuantizeLinear", [flat, step, coded], {"axis": 0})
+        codes = op("QuantizeLinear", [flat, step, coded], {"axis": 0}, domain=MICROSOFT)
         weight, scales = self._weights.channels([name])
         middle = constant("uint8_128", np.array(128, np.uint8))
         one = constant("float32_1", np.array(1, np.float32))
