@@ -76,8 +76,9 @@ demo-model: $(VENV)/.ready
 	$(BIN)/python -m demo.training.export out/demo-model out/demo-model/model
 	$(BIN)/python -m demo.training.train out/demo-model-2 --from out/demo-model/model --plan demo/training/plan-2.json
 	$(BIN)/python -m demo.training.train out/demo-model-3 --from out/demo-model-2 --plan demo/training/plan-3.json
-	$(BIN)/python -m demo.training.export out/demo-model-3 out/demo-model-3/model
-	$(BIN)/python -m demo.training.evaluate out/demo-model-3/model --out out/demo-model-3/eval.json --verify 72
+	$(BIN)/python -m demo.training.train out/demo-model-4 --from out/demo-model-3 --plan demo/training/plan-4.json
+	$(BIN)/python -m demo.training.export out/demo-model-4 out/demo-model-4/model
+	$(BIN)/python -m demo.training.evaluate out/demo-model-4/model --out out/demo-model-4/eval.json --verify 72
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
