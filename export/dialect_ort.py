@@ -155,8 +155,8 @@ class OrtDialect:
 
     def _static_product(self, x: ir.Value, names: Sequence[str], scale: float, bias: ir.Value | None) -> ir.Value:
         """x as uint8 around 128, which is the int8 of the scheme (the kernel for u8 × s8 is 40 times that for s8 × s8);
-        layers over one input share it. (QuantizeLinear is Microsoft's: ONNX Runtime 1.23, JetPack 6's last, has no kernel
-        of opset 23.)"""
+        layers over one input share it. QuantizeLinear is Microsoft's: ONNX Runtime 1.23 (JetPack 6) has none of
+        opset 23."""
         zero = self.builder.constant("uint8_128", np.array(128, np.uint8))
         step = self.builder.constant(f"float32_{scale!r}", np.array(scale, np.float32))
         if (x, scale) not in self._coded:
