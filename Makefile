@@ -63,22 +63,27 @@ peers: $(VENV)/.ready $(PEER_NAMES:%=.venv-peers/%/.ready)
 	$(@D)/bin/pip $(PIP) --no-deps -e .
 	touch $@
 
-# Stages of the demo over fixed kernels, against this processor's stored baseline: flags what got over 10 % slower.
+# Instructions of every stage of the demo, counted by valgrind, against the stored baseline: flags over 10 % more.
 bench-check: $(VENV)/.ready
 	$(BIN)/python -m edgevl.benchmarks.check $(if $(UPDATE),--update)
 
 # Trains demo/model again, from the first weights of the repository's history: hours (demo/training/README.md).
+# The whole chain in minutes, to see that it works: make demo-model SHARE=0.01 CASES=5
 FIRST_WEIGHTS = 3f22e1e3d178c0135bcc129cd8543b73fbf77365
+SHARE ?= 1
+CASES ?= 500
+TRAIN = $(BIN)/python -m demo.training.train --share $(SHARE)
 demo-model: $(VENV)/.ready
 	mkdir -p out/demo-model/start
 	git cat-file blob $(FIRST_WEIGHTS) > out/demo-model/start/model.safetensors
-	$(BIN)/python -m demo.training.train out/demo-model --from out/demo-model/start
+	$(TRAIN) out/demo-model --from out/demo-model/start
 	$(BIN)/python -m demo.training.export out/demo-model out/demo-model/model
-	$(BIN)/python -m demo.training.train out/demo-model-2 --from out/demo-model/model --plan demo/training/plan-2.json
-	$(BIN)/python -m demo.training.train out/demo-model-3 --from out/demo-model-2 --plan demo/training/plan-3.json
-	$(BIN)/python -m demo.training.train out/demo-model-4 --from out/demo-model-3 --plan demo/training/plan-4.json
+	$(TRAIN) out/demo-model-2 --from out/demo-model/model --plan demo/training/plan-2.json
+	$(TRAIN) out/demo-model-3 --from out/demo-model-2 --plan demo/training/plan-3.json
+	$(TRAIN) out/demo-model-4 --from out/demo-model-3 --plan demo/training/plan-4.json
 	$(BIN)/python -m demo.training.export out/demo-model-4 out/demo-model-4/model
-	$(BIN)/python -m demo.training.evaluate out/demo-model-4/model --out out/demo-model-4/eval.json --verify 72
+	$(BIN)/python -m demo.training.evaluate out/demo-model-4/model --out out/demo-model-4/eval.json \
+		--cases $(CASES) --verify 72
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

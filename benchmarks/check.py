@@ -1,100 +1,182 @@
-"""Has a change made the demo slower? Stage times over the times of fixed kernels, against a stored baseline.
-
-Seconds differ from run to run and from machine to machine; the ratio to a kernel that no change of ours touches,
-measured in turn with the stages in the same process, differs far less. Of both, the least over many repetitions counts:
-what disturbs a measurement only ever lengthens it. Processors have baselines of their own.
+"""Has a change made the runtime do more work? Instructions of every stage on the demo model, against a stored baseline.
 
     python -m edgevl.benchmarks.check [--update] [--checkpoint demo/model]     (make bench-check)
+
+One thread, in valgrind (see instructions.py): the counts of two runs of the same code differ by far less than the 10 %
+that is flagged, on any machine. What they cannot see is a kernel that takes longer for as many instructions, and what
+AVX-512 or AMX would do; those are measured in seconds, by `edgevl bench`. A baseline holds for one set of versions.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import click
 from tabulate import tabulate
 from tqdm import tqdm
 
-from edgevl.benchmarks.roofline import int8_product, timed
-from edgevl.benchmarks.stages import STAGES, Job, Runner
+from edgevl.benchmarks.instructions import count_instructions, mark
+from edgevl.benchmarks.stages import Job, Runner, StageClock
 from edgevl.benchmarks.workloads import Workload
 from edgevl.runtime import VisionLanguageModel
-from edgevl.runtime.doctor import cpu_model
 from edgevl.runtime.engine import usable_cores
 
-__all__ = ["compare", "main", "measure"]
+__all__ = ["PRECISIONS", "compare", "main", "measure", "setting"]
 
 BASELINE = Path(__file__).with_name("baseline.json")
 LIMIT = 0.10
-_WORK = Workload("check", 448, 448, new_tokens=16)
+PRECISIONS = ("hybrid", "fp32")  # hybrid: int8 vision, W8A8 prefill, int4 decode
+_WORK = Workload("check", 224, 224, new_tokens=9)
+_REQUESTS = 2  # after one to warm up
 
 
-def measure(bundle: Path, repeats: int, threads: int, tick: Callable[[], object] = lambda: None) -> dict[str, float]:
-    """Least time of every stage over `repeats` requests, each over the least time of the fixed kernel."""
-    kernel = int8_product(threads, 512, 512, 2048)
-    job = Job(str(bundle), _WORK, threads=threads)
-    with VisionLanguageModel.open(bundle, "ort-cpu", threads=threads) as model:
-        runner = Runner(model, job)
-        runner.request(0)
-        least: dict[str, float] = {}
-        for number in range(1, repeats + 1):
-            fixed = min(timed(kernel) for _ in range(5))
-            request = runner.request(number)
-            found = {**{s: request.stages[s] for s in STAGES}, "step_s": min(request.steps_s), "kernel": fixed}
-            least = {k: min(v, least.get(k, v)) for k, v in found.items()}
-            tick()
-    fixed = least.pop("kernel")
-    return {k: v / fixed for k, v in least.items()}
+class _MarkingClock(StageClock):
+    """Marks the stages' ends instead of timing them."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        super().__init__()
+
+    def begin(self) -> None:
+        super().begin()
+        self.end("between")
+
+    def end(self, stage: str) -> None:
+        """Of the stage that has run since the last mark."""
+        self._names.append(stage)
+        mark()
+
+    def lap(self, stage: str) -> None:
+        super().lap(stage)
+        self.end(stage.removesuffix("_s"))
 
 
-def compare(found: dict[str, float], baseline: dict[str, float], limit: float = LIMIT) -> list[tuple[str, float, bool]]:
-    """(stage, change as a fraction, whether it is slower than the limit allows) of every stage of the baseline."""
+def answer_marked(job: Job) -> list[str]:
+    """In valgrind: open the bundle and answer, marking every stage's end; their names in order."""
+    names: list[str] = []
+    with VisionLanguageModel.open(job.bundle, job.engine, threads=job.threads) as model:
+        names.append("open")
+        mark()
+        for number in range(1 + job.requests):
+            clock = _MarkingClock(names)
+            Runner(model, job).request(number, clock=clock)
+            clock.end("decode")
+    return names
+
+
+def measure(job: Job) -> dict[str, int]:
+    """Instructions of every stage of one answer (the mean over requests of other pictures; `step`: of one token after
+    the first, detokenizing included), and of `open`, from the start of the process to the opened bundle.
+
+    Raises:
+        FileNotFoundError, RuntimeError: see `count_instructions`.
+    """
+    worker = [sys.executable, "-m", "edgevl.benchmarks.check", "--worker", json.dumps(asdict(job))]
+    counts, printed = count_instructions(worker)
+    names: list[str] = json.loads(printed.splitlines()[-1])
+    if len(counts) != len(names):
+        raise RuntimeError(f"callgrind saw {len(counts)} of {len(names)} marks")
+    warm = names.index("decode") + 1  # the first answer warms up
+    sums: dict[str, int] = {}
+    for name, count in zip(names[warm:], counts[warm:]):
+        sums[name] = sums.get(name, 0) + count
+    del sums["between"]
+    step = sums.pop("decode") // (job.workload.new_tokens - 1)
+    answer = {name: count // job.requests for name, count in {**sums, "step": step}.items()}
+    return {"open": counts[0], **answer}
+
+
+def compare(found: dict[str, int], baseline: dict[str, int], limit: float = LIMIT) -> list[tuple[str, float, bool]]:
+    """(stage, change as a fraction, whether it is more than the limit allows) of every stage of the baseline."""
     changes = ((stage, found[stage] / before - 1) for stage, before in baseline.items())
     return [(stage, change, change > limit) for stage, change in changes]
 
 
+def setting() -> str:
+    """What a baseline holds for: the libraries whose instructions are counted."""
+    packages = ("onnxruntime", "numpy", "pillow", "tokenizers", "jinja2")
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    return f"{platform.machine()}, Python {'.'.join(platform.python_version_tuple()[:2])}, {versions}"
+
+
 @click.command()
 @click.option("--checkpoint", default="demo/model", show_default=True)
-@click.option("--repeats", default=40, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--precision", "precisions", multiple=True, default=PRECISIONS, show_default=True, help="May be repeated."
+)
+@click.option("--size", default=_WORK.width, show_default=True, type=click.IntRange(28), help="Of the square pictures.")
 @click.option("--baseline", "path", default=str(BASELINE), help="The file of baselines.")
-@click.option("--update", is_flag=True, help="Store what is measured as this processor's baseline.")
-def main(checkpoint: str, repeats: int, path: str, update: bool) -> None:
-    """Compare with the baseline; status 1 when a stage is over 10 % slower, 2 when there is no baseline."""
-    file = Path(path)
-    stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    machine = f"{cpu_model()}, {usable_cores()} cores"
-    if not update and machine not in stored:
-        click.echo(f"no baseline for {machine!r}; on the commit to compare with: make bench-check UPDATE=1", err=True)
-        sys.exit(2)
-    found: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=2 * repeats, file=sys.stderr, disable=None) as bar:
-        for precision in ("int4", "fp32"):
-            bundle = Path(folder) / precision
-            _export(checkpoint, bundle, precision)
-            found[precision] = measure(bundle, repeats, usable_cores(), bar.update)
-    if update:
-        stored[machine] = found
-        file.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        click.echo(f"baseline of {machine!r} written to {file}")
+@click.option("--update", is_flag=True, help="Store what is counted as the baseline of these versions.")
+@click.option("--worker", hidden=True, help="A job: answer with marks, in valgrind.")
+def main(checkpoint: str, precisions: tuple[str, ...], size: int, path: str, update: bool, worker: str | None) -> None:
+    """Compare with the baseline; status 1 when a stage takes over 10 % more instructions, 2 when there is none."""
+    if worker:
+        click.echo(json.dumps(answer_marked(Job.from_json(worker))))
         return
-    rows, slower = [], False
-    for precision, ratios in found.items():
-        for stage, change, bad in compare(ratios, stored[machine][precision]):
-            rows.append((precision, stage.removesuffix("_s"), f"{change:+.1%}", "SLOWER" if bad else "ok"))
-            slower |= bad
-    click.echo(tabulate(rows, headers=("bundle", "stage", "change", ""), tablefmt="simple", disable_numparse=True))
-    sys.exit(1 if slower else 0)
+    file, here = Path(path), f"{setting()}, {size}×{size}"
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    missing = [p for p in precisions if p not in stored.get(here, {})]
+    if missing and not update:
+        _fail(
+            f"no baseline of {', '.join(missing)} for {here} (there is: {'; '.join(stored) or 'none'}); "
+            "on the commit to compare with: make bench-check UPDATE=1"
+        )
+    found = _measure_all(checkpoint, precisions, replace(_WORK, width=size, height=size))
+    if update:
+        stored[here] = {**stored.get(here, {}), **found}
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(json.dumps(stored, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(file)
+        click.echo(f"baseline of {here} written to {file}")
+        return
+    rows, more = [], False
+    for precision, counts in found.items():
+        for stage, change, bad in compare(counts, stored[here][precision]):
+            rows.append((precision, stage, f"{counts[stage] / 1e6:,.2f}", f"{change:+.1%}", "MORE" if bad else "ok"))
+            more |= bad
+    headers = ("bundle", "stage", "million instructions", "change", "")
+    click.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
+    sys.exit(1 if more else 0)
+
+
+def _measure_all(checkpoint: str, precisions: Sequence[str], work: Workload) -> dict[str, dict[str, int]]:
+    """Of every precision; several at once, for counts do not depend on what else the machine does."""
+
+    def one(precision: str) -> dict[str, int]:
+        bundle = Path(folder) / precision
+        _export(checkpoint, bundle, precision)
+        return measure(Job(str(bundle), work, threads=1, requests=_REQUESTS))
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(usable_cores()) as pool:
+        try:
+            done = tqdm(pool.map(one, precisions), total=len(precisions), unit="bundle", disable=None)
+            return dict(zip(precisions, done))
+        except (FileNotFoundError, RuntimeError) as e:
+            _fail(str(e))
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(message, err=True)
+    sys.exit(2)
 
 
 def _export(checkpoint: str, bundle: Path, precision: str) -> None:
     command = [sys.executable, "-m", "edgevl.runtime", "export", checkpoint, "-o", str(bundle)]
-    subprocess.run([*command, "--precision", precision, "--no-verify"], check=True, capture_output=True)
+    done = subprocess.run(
+        [*command, "--precision", precision, "--no-verify"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
 
 
 if __name__ == "__main__":

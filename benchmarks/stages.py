@@ -161,6 +161,9 @@ class StageClock:
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {stage: 0.0 for stage in STAGES}
+        self.begin()
+
+    def begin(self) -> None:
         self._at = time.perf_counter()
 
     def lap(self, stage: str) -> None:
@@ -204,13 +207,16 @@ class Runner:
         number: int,
         joules: Callable[[], float | None] = lambda: None,
         on_first: Callable[[], None] = lambda: None,
+        clock: StageClock | None = None,
     ) -> Request:
-        """Answer request `number` (all its rows, where several are asked at once)."""
+        """Answer request `number` (all its rows, where several are asked at once). `clock` may measure otherwise."""
         work, model = self._work, self._model
         # The files are there before the request begins.
         files = [self.files(number * work.concurrency + row) for row in range(work.concurrency)]
         before = joules()
-        clock, started = StageClock(), time.perf_counter()
+        clock = clock or StageClock()
+        clock.begin()
+        started = time.perf_counter()
         prompts = [self.prompt(*f, clock) for f in files]
         config = self.config()
         first: list[float] = []

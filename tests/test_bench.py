@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from test_cli import edgevl
 from edgevl.benchmarks import check
 from edgevl.benchmarks.check import compare
 from edgevl.benchmarks.energy import EnergyMeter, heat
+from edgevl.benchmarks.instructions import count_instructions
 from edgevl.benchmarks.report import SCHEMA, html_page, percentiles, read_lines
 from edgevl.benchmarks.roofline import decode_bytes, measure_ceilings, prefill_work, vision_work
 from edgevl.benchmarks.stages import STAGES, Job, run_job
@@ -364,33 +366,45 @@ main(sys.argv[1:])
 # ---------------------------------------------------------------- the guard against regressions
 
 
-def test_the_guard_tells_a_slower_stage_from_noise():
-    before = {"vision_s": 2.0, "prefill_s": 1.0, "step_s": 0.5}
-    found = {"vision_s": 2.19, "prefill_s": 1.11, "step_s": 0.1}
-    assert [(s, bad) for s, _, bad in compare(found, before)] == [
-        ("vision_s", False),
-        ("prefill_s", True),
-        ("step_s", False),
-    ]
+def test_the_guard_tells_more_work_from_noise():
+    before = {"vision": 200, "prefill": 100, "step": 50}
+    found = {"vision": 219, "prefill": 111, "step": 10}
+    assert [(s, bad) for s, _, bad in compare(found, before)] == [("vision", False), ("prefill", True), ("step", False)]
     assert compare(found, before)[1][1] == pytest.approx(0.11)
 
 
-def test_the_guard_writes_reads_and_trips(tiny: Pair, tmp_path, monkeypatch):
+def test_the_guard_without_a_baseline_says_what_to_do(tmp_path):
+    (tmp_path / "b.json").write_text(json.dumps({"another machine": {}}))
+    done = CliRunner().invoke(check.main, ["--baseline", str(tmp_path / "b.json")])
+    assert done.exit_code == 2 and "no baseline of hybrid, fp32 for" in done.output and "UPDATE=1" in done.output
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not here")
+def test_instructions_between_marks_are_counted():
+    work = "import os\nfor n in (0, 20000, 40000):\n    os.getloadavg()\n    for i in range(n): i * i\nos.getloadavg()"
+    (_, empty, once, twice), printed = count_instructions([sys.executable, "-c", work + "\nprint('out')"])
+    assert printed == "out\n"
+    assert twice - empty == pytest.approx(2 * (once - empty), rel=0.02) and once - empty > 20000
+    with pytest.raises(RuntimeError, match=r"status 1 in valgrind: .*ZeroDivisionError"):
+        count_instructions([sys.executable, "-c", "1 / 0"])
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not here")
+def test_the_guard_trips_where_a_stage_does_more_than_before(tiny: Pair, tmp_path):
     path = tmp_path / "baseline.json"
-    monkeypatch.setattr(check, "_WORK", Workload("check", 56, 56, new_tokens=3))
-    arguments = ["--checkpoint", str(tiny.checkpoint), "--repeats", "2", "--baseline", str(path)]
-    done = CliRunner().invoke(check.main, arguments)
-    assert done.exit_code == 2 and "no baseline" in done.output
-    assert CliRunner().invoke(check.main, [*arguments, "--update"]).exit_code == 0
-    stored = json.loads(path.read_text())
-    (machine,) = stored
-    assert set(stored[machine]) == {"int4", "fp32"} and all(v > 0 for v in stored[machine]["int4"].values())
-    for factor, status in ((1e6, 0), (1e-6, 1)):  # a baseline that anything beats, and one that nothing does
-        scaled = {p: {s: v * factor for s, v in stages.items()} for p, stages in stored[machine].items()}
-        path.write_text(json.dumps({machine: scaled}))
-        done = CliRunner().invoke(check.main, arguments)
-        assert done.exit_code == status, done.output
-        assert ("SLOWER" in done.output) == bool(status)
+    planted = {"open": 1, "vision": 10**15, "prefill": 1, "step": 10**15}
+    path.write_text(json.dumps({f"{check.setting()}, 56×56": {"fp32": planted}}))
+    small = ["--checkpoint", str(tiny.checkpoint), "--precision", "fp32", "--size", "56", "--baseline", str(path)]
+    done = CliRunner().invoke(check.main, small)
+    assert done.exit_code == 1, done.output
+    said = {line.split()[1]: line.split()[-1] for line in done.output.splitlines() if line.startswith("fp32")}
+    assert said == {"open": "MORE", "vision": "ok", "prefill": "MORE", "step": "ok"}
+
+
+def test_the_guard_without_valgrind_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(FileNotFoundError, match="apt install valgrind"):
+        count_instructions(["true"])
 
 
 def test_a_fidelity_report_gives_precision_against_speed(tiny: Pair, tmp_path):

@@ -1,9 +1,10 @@
 """Resumable trainer: one single-threaded process per core on shared memory, or one process on a GPU.
 
-    python -m demo.training.train RUN [--from demo/model|EARLIER_RUN] [--plan PLAN] [--device cpu|cuda] [--processes 2]
+    python -m demo.training.train RUN [--from demo/model|EARLIER_RUN] [--plan PLAN] [--share 1]
+        [--device cpu|cuda] [--processes 2]
 
 --from a checkpoint folder takes its weights; from an earlier run, its dense heads and momenta too. RUN/plan.json is
-made from PLAN (demo/training/plan.json) when missing and re-read every 25 steps:
+made from PLAN (demo/training/plan.json) when missing, with --share of its budget, and re-read every 25 steps:
   cpu_minutes  the budget: consumed CPU time of all processes together (on CUDA: seconds of the run / 60), so that a
                run that is paused does not lose its schedule;
   rate         learning-rate factor at its peak (1: Muon 0.02, Adam 2e-3); rises over `warm` of the budget, stays
@@ -21,7 +22,6 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -245,13 +245,16 @@ def main() -> None:
     ap.add_argument("run", type=Path)
     ap.add_argument("--from", dest="start", type=Path)
     ap.add_argument("--plan", type=Path, default=Path(__file__).parent / "plan.json")
+    ap.add_argument("--share", type=float, default=1.0, help="of the plan's budget, to try a plan out")
     ap.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     ap.add_argument("--processes", type=int, default=0, help="of a CPU run; default: its cores")
     o = ap.parse_args()
     world = 1 if o.device == "cuda" else o.processes or len(os.sched_getaffinity(0))
     o.run.mkdir(parents=True, exist_ok=True)
     if not (o.run / "plan.json").exists():
-        shutil.copy(o.plan, o.run / "plan.json")
+        plan = json.loads(o.plan.read_text())
+        plan["cpu_minutes"] *= o.share
+        (o.run / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
     torch.set_num_threads(1 if o.device == "cpu" else 4)
     shared = prepare(o.run, o.start, o.device, world)
     if world == 1:
