@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo.training import chat, export, pictures
+from demo.training import chat, export, pictures, train
 from demo.training.answer import Reading, answers, load, prepare, reading_of
 from demo.training.evaluate import round_to_nearest, rounded, transformers_answers
 from demo.training.losses import Heads, losses
@@ -162,6 +162,20 @@ def test_learning_rate_schedule():
     assert rate_factor(plan, 1.0) == 0
     shipped = json.loads((FOLDER.parent / "training" / "plan.json").read_text())
     assert rate_factor(shipped, 1.0) == 0 < rate_factor(shipped, 0.2)
+
+
+def test_a_share_of_the_budget(tmp_path, monkeypatch, capsys):
+    plan = json.loads((Path(train.__file__).parent / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"cpu_minutes": 50}))
+    arguments = ["train", str(tmp_path / "run"), "--plan", str(tmp_path / "plan.json"), "--processes", "1"]
+    monkeypatch.setattr(train.Worker, "train", lambda self: None)  # the budget is what is looked at
+    monkeypatch.setattr("sys.argv", [*arguments, "--share", "0.02"])
+    train.main()
+    assert json.loads((tmp_path / "run" / "plan.json").read_text()) == plan | {"cpu_minutes": 1.0}
+    monkeypatch.setattr("sys.argv", [*arguments, "--share", "0"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "--share is 0, expected more than 0" in capsys.readouterr().err
 
 
 def test_rounding_by_hand(model):

@@ -249,6 +249,8 @@ def main() -> None:
     ap.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     ap.add_argument("--processes", type=int, default=0, help="of a CPU run; default: its cores")
     o = ap.parse_args()
+    if o.share <= 0:
+        ap.error(f"--share is {o.share:g}, expected more than 0")
     world = 1 if o.device == "cuda" else o.processes or len(os.sched_getaffinity(0))
     o.run.mkdir(parents=True, exist_ok=True)
     if not (o.run / "plan.json").exists():
