@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["MARK", "count_instructions", "mark"]
@@ -28,9 +28,7 @@ def mark() -> None:
     os.getloadavg()
 
 
-def count_instructions(
-    command: Sequence[str], environment: Mapping[str, str] | None = None, stdin: str = ""
-) -> tuple[list[int], str]:
+def count_instructions(command: Sequence[str]) -> tuple[list[int], str]:
     """Run a program in valgrind: the instructions up to every `mark()` of its own, and what it printed.
 
     Hashes are not randomised, so that dictionaries take the same steps every time. Children are not counted.
@@ -50,11 +48,8 @@ def count_instructions(
             f"--callgrind-out-file={counts}",
             f"--dump-before={MARK}",
         ]
-        done = subprocess.run(
-            [*valgrind, *command],
-            env={**os.environ, **(environment or {}), "PYTHONHASHSEED": "0"},
-            input=stdin, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        done = subprocess.run([*valgrind, *command], env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             last = " | ".join(done.stderr.strip().splitlines()[-3:])
             raise RuntimeError(f"{' '.join(command[:4])} … ended with status {done.returncode} in valgrind: {last}")

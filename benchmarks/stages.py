@@ -164,6 +164,7 @@ class StageClock:
         self.begin()
 
     def begin(self) -> None:
+        """What came before counts to no stage."""
         self._at = time.perf_counter()
 
     def lap(self, stage: str) -> None:

@@ -389,6 +389,21 @@ def test_instructions_between_marks_are_counted():
         count_instructions([sys.executable, "-c", "1 / 0"])
 
 
+def test_the_guard_writes_reads_and_trips(tiny: Pair, tmp_path, monkeypatch):
+    path = tmp_path / "baseline.json"
+    counted = {"open": 5000, "vision": 300, "step": 200}
+    monkeypatch.setattr(check, "measure", lambda job: counted if Path(job.bundle, "manifest.json").exists() else {})
+    arguments = ["--checkpoint", str(tiny.checkpoint), "--precision", "fp32", "--baseline", str(path)]
+    assert CliRunner().invoke(check.main, [*arguments, "--update"]).exit_code == 0
+    assert json.loads(path.read_text()) == {f"{check.setting()}, 230×230": {"fp32": counted}}
+    assert CliRunner().invoke(check.main, [*arguments, "--size", "56"]).exit_code == 2  # that is another baseline
+    for step, status in ((200, 0), (219, 0), (221, 1), (20, 0)):
+        monkeypatch.setattr(check, "measure", lambda job, step=step: {**counted, "step": step})
+        done = CliRunner().invoke(check.main, arguments)
+        assert done.exit_code == status, done.output
+        assert ("MORE" in done.output) == bool(status)
+
+
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not here")
 def test_the_guard_trips_where_a_stage_does_more_than_before(tiny: Pair, tmp_path):
     path = tmp_path / "baseline.json"
