@@ -59,8 +59,9 @@ class Dialect(Protocol):
         """The exact one, with erf."""
         ...
 
-    def causal_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
-        """Rotary embedding of q and k, in-place cache update of `layer`, grouped-query attention; [B, S, heads × d]."""
+    def causal_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value | None:
+        """Rotary embedding of q and k, in-place cache update of `layer`, grouped-query attention; [B, S, heads × d].
+        None in the last layer of a graph that fills the cache and has no logits."""
         ...
 
     def frame_attention(self, x: ir.Value, qkv: str) -> ir.Value:

@@ -86,14 +86,15 @@ class DataFile:
             self._on_tensor(key, expected)
         return tensor
 
-    def alias(self, key: str, of: str, shape: Sequence[int]) -> ir.ExternalTensor:
-        """The bytes of tensor `of` under another name and shape: two operators may want two shapes of one table."""
+    def alias(self, key: str, of: str, shape: Sequence[int], element: ir.DataType | None = None) -> ir.ExternalTensor:
+        """The bytes of tensor `of` under another name and shape, and as elements of another type where one is given:
+        two operators may want two views of one table."""
         source = self._tensors[of]
         tensor = ir.ExternalTensor(
             self.path.name,
             source.offset,
             source.length,
-            source.dtype,
+            element or source.dtype,
             shape=ir.Shape(shape),
             name=key,
             base_dir=str(self.path.parent),
@@ -191,10 +192,10 @@ class GraphBuilder:
         if self.data.stored(key) is None:
             self.data.append(key, np.dtype(dtype), shape, chunks())
 
-    def alias(self, key: str, of: str, shape: Sequence[int]) -> ir.Value:
-        """A weight that shares the bytes of the weight `of`, in another shape."""
+    def alias(self, key: str, of: str, shape: Sequence[int], element: ir.DataType | None = None) -> ir.Value:
+        """A weight that shares the bytes of the weight `of`, in another shape or type of elements."""
         if key not in self._initializers:
-            self._register(key, self.data.stored(key) or self.data.alias(key, of, shape))
+            self._register(key, self.data.stored(key) or self.data.alias(key, of, shape, element))
         return self._initializers[key]
 
     def save(self, path: Path) -> None:

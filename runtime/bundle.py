@@ -19,11 +19,12 @@ from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.image_processing import ImageProcessorConfig
 from edgevl.runtime.mrope import MROPE_RULES
 
-__all__ = ["MANIFEST", "SCHEMA_VERSION", "Bundle", "FileEntry", "GraphEntry", "file_sha256"]
+__all__ = ["MANIFEST", "OPENVINO_PREFILL", "SCHEMA_VERSION", "Bundle", "FileEntry", "GraphEntry", "file_sha256"]
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-GRAPH_ROLES = ("vision", "decoder", "prefill")
+OPENVINO_PREFILL = "prefill_openvino"
+GRAPH_ROLES = ("vision", "decoder", "prefill", OPENVINO_PREFILL)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class GraphEntry:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened manifest. `graphs` has `vision` and `decoder`, and `prefill` where prefill has a graph of its own."""
+    """An opened manifest. `graphs` has `vision` and `decoder`, `prefill` where prefill has a graph of its own, and
+    `prefill_openvino` where the engine `openvino` has one."""
 
     folder: Path
     model: ModelConfig

@@ -21,6 +21,7 @@ __all__ = [
     "IN_PLACE",
     "GraphSpec",
     "TensorSpec",
+    "cache_filling_spec",
     "decoder_spec",
     "tensorrt_decoder_spec",
     "vision_spec",
@@ -66,7 +67,8 @@ class GraphSpec:
     @property
     def quantized_cache(self) -> bool:
         """Whether keys and values are kept as int8 codes; the scales are inside the graph."""
-        return any(self.input(past).dtype == "int8" for past, _ in self.cache)
+        pasts = {past for past, _ in self.cache}
+        return any(t.dtype == "int8" for t in self.inputs if t.name in pasts)
 
     def to_dict(self) -> dict[str, Any]:
         data = {
@@ -190,4 +192,37 @@ def tensorrt_decoder_spec(
         outputs=(TensorSpec("logits", "float32", ("rows", t.vocab_size)), *presents),
         cache=tuple(pairs),
         cache_update=cache_update,
+    )
+
+
+def cache_filling_spec(config: ModelConfig, name: str) -> GraphSpec:
+    """A prompt's keys and values, without logits; one row, float32. OpenVINO's, which takes no cache in place.
+
+    `past_*` are the cached tokens alone, contiguous; `attention_mask` is added to the scores; `image_rows` holds, for
+    every token, the row of `image_embeds` (at least one) that takes its place, or -1. The cache is APPENDED.
+    """
+    t = config.text
+    half = t.head_dim // 2
+    pasts, news, pairs = [], [], []
+    for layer in range(t.num_hidden_layers):
+        for pattern in (CACHE_KEY, CACHE_VALUE):
+            past, new = (pattern.format(kind=kind, layer=layer) for kind in ("past", "new"))
+            if layer < t.num_hidden_layers - 1:  # nothing attends in the last layer
+                pasts.append(TensorSpec(past, "float32", (1, t.num_key_value_heads, "past", t.head_dim)))
+            news.append(TensorSpec(new, "float32", (1, t.num_key_value_heads, "sequence", t.head_dim)))
+            pairs.append((past, new))
+    return GraphSpec(
+        name,
+        inputs=(
+            TensorSpec("input_ids", "int64", (1, "sequence")),
+            TensorSpec("image_embeds", "float32", ("image_tokens", t.hidden_size)),
+            TensorSpec("image_rows", "int64", (1, "sequence")),
+            TensorSpec("rotary_cos", "float32", (1, "sequence", half)),
+            TensorSpec("rotary_sin", "float32", (1, "sequence", half)),
+            TensorSpec("attention_mask", "float32", (1, 1, "sequence", "attended")),
+            *pasts,
+        ),
+        outputs=tuple(news),
+        cache=tuple(pairs),
+        cache_update=APPENDED,
     )

@@ -1,7 +1,10 @@
-"""OpenVINO for the vision encoder, ONNX Runtime for the decoder: one bundle of `--target cpu`, the same files.
+"""OpenVINO for the vision encoder and for prompts over int4 weights, ONNX Runtime for the rest: one bundle of
+`--target cpu`.
 
 OpenVINO reads the encoder's ONNX graph as it is. It has attention in bfloat16 where the processor multiplies that
-(AVX512-BF16, AMX), which large pictures are bound by, and its int8 kernels round activations as they come.
+(AVX512-BF16, AMX), which large pictures are bound by, and its int8 kernels round activations as they come. Prompts have
+a graph of their own over the decoder's weights (`edgevl.export.dialect_openvino`), which takes nearly half of ONNX
+Runtime's time there; a second packed copy of the layers, without the head, is what it costs.
 """
 
 from __future__ import annotations
@@ -14,16 +17,26 @@ from typing import Any
 
 import numpy as np
 
-from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.bundle import OPENVINO_PREFILL, Bundle
 from edgevl.runtime.engine import GraphRunner, usable_cores
 from edgevl.runtime.errors import EngineError
 from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView
 from edgevl.runtime.ort_engine import OrtEngine, check_signature, release_file_pages
+from edgevl.runtime.trt_feeds import NO_IMAGE, appended_mask, store_appended
 
-__all__ = ["LEAST_OPENVINO", "OpenVinoEngine", "OpenVinoGraph", "openvino_version", "without_row_scales"]
+__all__ = [
+    "LEAST_OPENVINO",
+    "OpenVinoEngine",
+    "OpenVinoGraph",
+    "OpenVinoPrefill",
+    "openvino_version",
+    "without_row_scales",
+]
 
 LEAST_OPENVINO = "2026.4"  # 2025.4 crashes on the encoder; nothing between was tried
+_FEWEST_TOKENS = 32  # below, a pass through ONNX Runtime's decoder is faster
+_WEIGHT_GROUP = 128  # activations of a weight-only layer that share a scale; finer is slower
 
 
 def openvino_version() -> str:
@@ -63,11 +76,11 @@ def without_row_scales(model: Any) -> int:
 
 
 class OpenVinoGraph:
-    """A graph without a KV cache, compiled for the CPU.
+    """A graph without a KV cache of its own, compiled for the CPU.
 
     Args:
-        group: inputs of a quantized layer that share an activation scale; the width of the layers' rows makes it one
-            scale per token, as in the ONNX Runtime dialect.
+        group: inputs of a quantized layer that share an activation scale; for W8A8 the width of the layers' rows makes
+            it one scale per token, as in the ONNX Runtime dialect.
     """
 
     def __init__(self, path: Path, spec: GraphSpec, threads: int, group: int) -> None:
@@ -91,10 +104,14 @@ class OpenVinoGraph:
         self._request = self._compiled.create_infer_request()
         self._dtypes = {t.name: np.dtype(t.dtype) for t in spec.inputs}
 
-    def repack(self, patches: int) -> None:
-        """Run once over `patches` zeros: weights are packed for the processor at the first run, not at opening."""
-        sizes = {axis: patches if axis == "patches" else 1 for t in self.spec.inputs for axis in map(str, t.shape)}
-        self.run({t.name: np.zeros([d if isinstance(d, int) else sizes[d] for d in t.shape]) for t in self.spec.inputs})
+    def repack(self, **sizes: int) -> None:
+        """Run once over zeros: weights are packed for the processor at the first run, not at opening.
+
+        Args:
+            sizes: of the dynamic axes, 1 where none is given.
+        """
+        shapes = {t.name: [d if isinstance(d, int) else sizes.get(d, 1) for d in t.shape] for t in self.spec.inputs}
+        self.run({name: np.zeros(shape) for name, shape in shapes.items()})
 
     def run(self, feeds: Mapping[str, np.ndarray], cache: CacheView | None = None) -> dict[str, np.ndarray]:
         """See GraphRunner; `cache` must be None."""
@@ -106,8 +123,61 @@ class OpenVinoGraph:
         return {t.name: np.array(found[t.name]) for t in self.spec.outputs}
 
 
+class OpenVinoPrefill:
+    """Prompts of one row: all tokens but the last fill the cache on OpenVINO, the last is a step of the decoder, whose
+    logits are then the prompt's.
+
+    Args:
+        graph: it gives keys and values, see `edgevl.runtime.graph_spec.cache_filling_spec`.
+        decoder: of the same weights; also takes what is short, in several rows, or wants more logits than the last.
+    """
+
+    def __init__(self, graph: OpenVinoGraph, decoder: GraphRunner) -> None:
+        self._graph, self._decoder = graph, decoder
+        self.spec = decoder.spec
+
+    def run(self, feeds: Mapping[str, np.ndarray], cache: CacheView | None = None) -> dict[str, np.ndarray]:
+        """See GraphRunner."""
+        rows, tokens = np.shape(feeds["input_ids"])
+        wanted = np.asarray(feeds["logits_rows"]).tolist()
+        if cache is None or rows != 1 or tokens < _FEWEST_TOKENS or wanted not in ([], [tokens - 1]):
+            return self._decoder.run(feeds, cache)
+        filled = tokens - len(wanted)
+        past = int(feeds["seqlens_k"][0]) + 1 - tokens
+        new = self._graph.run(self._feeds(feeds, filled, past, cache))
+        store_appended(cache.buffers, new, np.array([past]), self._graph.spec)
+        if not wanted:
+            return {"logits": np.zeros((0, self.spec.outputs[0].shape[1]), np.float32)}
+        return self._decoder.run(_last_token(feeds), cache)
+
+    def _feeds(self, feeds: Mapping[str, np.ndarray], count: int, past: int, cache: CacheView) -> dict[str, np.ndarray]:
+        """The first `count` tokens, behind `past` ones in the cache."""
+        slots, embeds = np.asarray(feeds["image_slots"]), np.asarray(feeds["image_embeds"])
+        image_rows = np.full((1, np.shape(feeds["input_ids"])[1]), NO_IMAGE, np.int64)
+        image_rows[0, slots] = np.arange(len(slots))
+        given = {
+            "input_ids": feeds["input_ids"][:, :count],
+            "image_embeds": embeds if len(embeds) else np.zeros((1, embeds.shape[1]), np.float32),
+            "image_rows": image_rows[:, :count],
+            "rotary_cos": feeds["rotary_cos"][:, :count],
+            "rotary_sin": feeds["rotary_sin"][:, :count],
+            "attention_mask": appended_mask(np.array([past]), count, past),
+        }
+        needed = {t.name for t in self._graph.spec.inputs}
+        return given | {n: buffer[:, :, :past] for n, buffer in cache.buffers.items() if n in needed}
+
+
+def _last_token(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same call with its last token alone; the lengths are already those behind it."""
+    last = np.shape(feeds["input_ids"])[1] - 1
+    here = np.asarray(feeds["image_slots"]) == last
+    cut = {name: feeds[name][:, last:] for name in ("input_ids", "rotary_cos", "rotary_sin")}
+    images = {"image_slots": np.zeros(int(here.sum()), np.int64), "image_embeds": feeds["image_embeds"][here]}
+    return {**feeds, **cut, **images, "logits_rows": np.zeros(1, np.int64)}
+
+
 class OpenVinoEngine(OrtEngine):
-    """Vision on OpenVINO, the decoder as in `ort-cpu`.
+    """Vision on OpenVINO, prompts too where the bundle has a graph for that; the decoder as in `ort-cpu`.
 
     Args:
         threads: of each of the two, which never work at the same time; the usable cores by default.
@@ -117,16 +187,31 @@ class OpenVinoEngine(OrtEngine):
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         openvino_version()
-        self._encoder = self._open_encoder(bundle, threads or usable_cores())
+        count = threads or usable_cores()
+        self._encoder = self._open_encoder(bundle, count)
+        filling = self._open_prefill(bundle, count) if OPENVINO_PREFILL in bundle.graphs else None
         super().__init__(bundle, threads)
+        if filling is not None:
+            self._graphs["prefill"] = OpenVinoPrefill(filling, self.decoder)
 
     def _open_encoder(self, bundle: Bundle, threads: int) -> OpenVinoGraph:
         """The encoder, its weights packed and their file's pages given back before the decoder's come into memory."""
         graph, vision = bundle.graphs["vision"], bundle.model.vision
         opened = OpenVinoGraph(bundle.path(graph.file), graph.spec, threads, vision.embed_dim)
-        opened.repack(vision.spatial_merge_size**2)
-        release_file_pages([bundle.path(name) for name in bundle.files if name.endswith(".data")])
+        opened.repack(patches=vision.spatial_merge_size**2)
+        _release(bundle)
+        return opened
+
+    def _open_prefill(self, bundle: Bundle, threads: int) -> OpenVinoGraph:
+        graph = bundle.graphs[OPENVINO_PREFILL]
+        opened = OpenVinoGraph(bundle.path(graph.file), graph.spec, threads, _WEIGHT_GROUP)
+        opened.repack(sequence=_FEWEST_TOKENS, past=0, attended=_FEWEST_TOKENS)
+        _release(bundle)
         return opened
 
     def _open(self, bundle: Bundle, role: str) -> GraphRunner:
         return self._encoder if role == "vision" else super()._open(bundle, role)
+
+
+def _release(bundle: Bundle) -> None:
+    release_file_pages([bundle.path(name) for name in bundle.files if name.endswith(".data")])

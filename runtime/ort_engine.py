@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.bundle import OPENVINO_PREFILL, Bundle
 from edgevl.runtime.engine import EngineLimits, GraphRunner, usable_cores
 from edgevl.runtime.errors import EngineError, InputError
 from edgevl.runtime.graph_spec import APPENDED, GraphSpec
@@ -121,8 +121,9 @@ class OrtEngine:
         self._trace = trace
         self.threads = threads or usable_cores()
         # Repacking weights is most of the time of opening, and each session does it on one thread.
-        with ThreadPoolExecutor(len(bundle.graphs)) as pool:
-            opened = dict(zip(bundle.graphs, pool.map(lambda role: self._open(bundle, role), bundle.graphs)))
+        roles = [role for role in bundle.graphs if role != OPENVINO_PREFILL]
+        with ThreadPoolExecutor(len(roles)) as pool:
+            opened = dict(zip(roles, pool.map(lambda role: self._open(bundle, role), roles)))
         release_file_pages([bundle.path(name) for name in bundle.files if name.endswith(".data")])
         self._graphs: dict[str, GraphRunner] = opened
         self.limits = EngineLimits()
