@@ -20,7 +20,7 @@ from edgevl.runtime.prompt import PromptBuilder, collect_vision, load_chat_templ
 from edgevl.runtime.tokenizer import GROUNDING_TOKENS
 from edgevl.runtime.vision import VisionStage
 
-__all__ = ["Divergence", "conversation_logits", "divergence"]
+__all__ = ["Divergence", "answer_logits", "conversation_logits", "divergence"]
 
 Messages = Sequence[dict[str, Any]]
 
@@ -59,6 +59,23 @@ def conversation_logits(
                 _logits(model, ids, positions, embeds, visual, chunk),
                 np.append(ids[1:], -1)[~visual],
             )
+
+
+def answer_logits(
+    bundle: str | Path, conversations: Sequence[tuple[Messages, str]], engine: str = "ort-cpu"
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same where the answer's words are said, as they would be: the prompt through the graph for prompts, the
+    answer through the decoder. Conversations are (messages, answer); n is the answer's tokens and the end."""
+    with VisionLanguageModel.open(bundle, engine) as model:
+        end = model.config.tokens.eos_token_ids[0]
+        for messages, answer in conversations:
+            told = np.array(model.tokenizer.encode(answer, specials=True), np.int64)
+            (prompt,) = [model.prepare(list(messages), len(told) + 1)]
+            embeds = np.concatenate([np.asarray(i.embeds) for i in prompt.images]) if prompt.images else None
+            decoder = model.decoder()
+            first = decoder.prefill(0, prompt.ids, prompt.positions, embeds)
+            rest = decoder.score(told, prompt.next_position + np.arange(len(told)))
+            yield np.concatenate([first[None], rest]), np.append(told, end)
 
 
 def _logits(

@@ -1,15 +1,16 @@
-"""What each recipe of `edgevl quantize` costs the demo model: size, KL, scores. One row per recipe, all in one run.
+"""What each recipe of `edgevl quantize` costs the demo model: size, KL, scores; and what it gains in speed on a
+checkpoint of full size. One row per recipe, all in one run.
 
-Calibrated on the yardstick's calibration split (questions with their true answers), scored on its test split: other
-words, other faces, other random streams. Every step is the command that a user would type.
+Calibrated on the yardstick's calibration split (questions with their true answers). KL is over the answers of other
+conversations of that split, through the engine; scores are of its test split: other words, other faces, other random
+streams. Every step is the command that a user would type.
 
-    python -m edgevl.benchmarks.recipes demo/model [--samples 64] [--cases 200]
+    python -m edgevl.benchmarks.recipes demo/model [--samples 64] [--cases 200] [--speed 2b --bundles speed]
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
+from edgevl.benchmarks.divergence import answer_logits, divergence
+from edgevl.benchmarks.recipe_speed import Speeds, edgevl, measure_speeds
 from edgevl.runtime.doctor import cpu_model
 from edgevl.tasks import TASKS, Answered, Case, score_bundle, summarize
 
@@ -27,10 +31,13 @@ __all__ = ["main", "write_conversations"]
 
 RECIPES = (
     *("rtn-int4", "rtn-int4-clip", "gptq-int4", "gptq-int4-g32", "gptq-int4-down8", "int8", "w8a8", "w8a8-static"),
+    "hybrid",  # gptq-int4 for decode, W8A8 for prefill
     *("gptq-int4@r1+r2", "w8a8@r1+r2", "w8a8-static@r1+r2"),  # rotated
     *("none+int8", "none+int8-static", "w8a8+int8", "w8a8-static+int8-static", "gptq-int4+int8"),  # decoder+vision
 )
-REPORT = "edgevl_quantize.json"
+CONVERSATIONS = 96  # that the divergence is measured on
+
+Answers = list[tuple[np.ndarray, np.ndarray]]  # logits of a bundle, see divergence.answer_logits
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,38 @@ class Row:
     kl: float | None
     top1: float | None
     answered: list[Answered]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Runs the commands of one recipe in a folder of its own."""
+
+    checkpoint: Path
+    folder: Path
+    conversations: Path
+    samples: int
+
+    def bundle(self, name: str) -> Path:
+        """The bundle of a recipe such as `w8a8@r1+r2` or `gptq-int4+int8`; parts that none is named for in fp32."""
+        decoder, vision, rotation = parts(name)
+        output, bundle = self.folder / name, self.folder / f"bundle-{name}"
+        options = ["--vision", vision] if vision != "none" else []
+        options += ["--rotate", rotation] if rotation else []
+        recipe = "gptq-int4" if decoder == "hybrid" else decoder
+        given = ("--recipe", recipe, "--images", self.conversations, "--samples", self.samples, *options)
+        edgevl("quantize", self.checkpoint, "-o", output, *given)
+        plain = [] if vision != "none" else ["--vision-precision", "fp32"]
+        plain += ["--decoder-precision", "fp32"] if decoder == "none" else []
+        plain += ["--prefill-from", str(self.checkpoint)] if decoder == "hybrid" else []
+        edgevl("export", output, "-o", bundle, "--no-verify", *plain)
+        return bundle
+
+
+def parts(name: str) -> tuple[str, str, str]:
+    """(decoder, vision, rotation) of a recipe's name: `none` and "" where it says nothing of them."""
+    kinds, _, rotation = name.partition("@")
+    decoder, _, vision = kinds.partition("+")
+    return decoder, vision or "none", rotation
 
 
 def write_conversations(folder: Path, count: int) -> Path:
@@ -68,20 +107,11 @@ def _saved(case: Case, folder: Path, stem: str) -> dict[str, Any]:
     return {"role": "user", "content": [*items, {"type": "text", "text": case.question}]}
 
 
-def _edgevl(*arguments: object) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "edgevl.runtime", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise click.ClickException(f"edgevl {' '.join(map(str, arguments))}: {done.stderr.strip()}")
-
-
-def _measure(checkpoint: Path, name: str, cases: int, folder: Path, report: Path | None, *options: str) -> Row:
-    bundle = folder / f"bundle-{name}"
-    _edgevl("export", checkpoint, "-o", bundle, "--no-verify", *options)
-    data = {} if report is None else json.loads(report.read_text(encoding="utf-8"))["divergence"]
+def _measure(name: str, bundle: Path, cases: int, told: list[tuple[Any, str]], base: Answers | None) -> Row:
+    found = None if base is None else divergence(base, answer_logits(bundle, told))
     sizes = ((bundle / f"{part}.onnx.data").stat().st_size / 1e6 for part in ("vision", "decoder"))
-    return Row(name, *sizes, data.get("kl"), data.get("top1"), score_bundle(bundle, list(TASKS), cases))
+    kl, top1 = (None, None) if found is None else (found.kl, found.top1)
+    return Row(name, *sizes, kl, top1, score_bundle(bundle, list(TASKS), cases))
 
 
 def _line(row: Row, base: Row) -> tuple[str, ...]:
@@ -107,30 +137,61 @@ def _details(row: Row) -> str:
 @click.option("--samples", default=64, show_default=True, help="Conversations to calibrate on.")
 @click.option("--cases", default=200, show_default=True, help="Of every task, to score on.")
 @click.option("--recipes", default=",".join(RECIPES), show_default=True)
-def main(checkpoint: Path, samples: int, cases: int, recipes: str) -> None:
+@click.option(
+    "--speed",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A checkpoint of full size, to measure the speed of every recipe's formats on.",
+)
+@click.option(
+    "--bundles",
+    default=Path("out/speed"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where the bundles of --speed are kept; those there already are used.",
+)
+def main(checkpoint: Path, samples: int, cases: int, recipes: str, speed: Path | None, bundles: Path) -> None:
     """Quantize CHECKPOINT (the demo model) by every recipe and score what came out."""
+    names = recipes.split(",")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        conversations = write_conversations(folder, samples + 8)
-        base = _measure(checkpoint, "fp32", cases, folder, None, "--precision", "fp32")
+        quantizer = Quantizer(checkpoint, folder, write_conversations(folder, samples + 8), samples)
+        told = _held_out(samples + 8)
+        edgevl("export", checkpoint, "-o", folder / "fp32", "--no-verify", "--precision", "fp32")
+        base = _measure("fp32", folder / "fp32", cases, told, None)
+        original = list(answer_logits(folder / "fp32", told))
         click.echo(_details(base), err=True)
         rows = [base]
-        for name in tqdm(recipes.split(","), file=sys.stderr, disable=None):
-            output = folder / name
-            kinds, _, rotation = name.partition("@")
-            decoder, _, vision = kinds.partition("+")
-            given = ("--images", conversations, "--samples", samples, *(["--vision", vision] if vision else []))
-            given += ("--rotate", rotation) if rotation else ()
-            _edgevl("quantize", checkpoint, "-o", output, "--recipe", decoder, *given)
-            plain = [] if vision else ["--vision-precision", "fp32"]
-            plain += ["--decoder-precision", "fp32"] if decoder == "none" else []
-            rows.append(_measure(output, name, cases, folder, output / REPORT, *plain))
+        for name in tqdm(names, file=sys.stderr, disable=None):
+            rows.append(_measure(name, quantizer.bundle(name), cases, told, original))
             click.echo(_details(rows[-1]), err=True)
-        headers = ("recipe", "vision MB", "decoder MB", "KL", "same top token", "mean score", "answers", "worst task")
-        table = [_line(row, base) for row in rows]
+        speeds = Speeds({}, {}, {}, "")
+        if speed is not None:
+            speeds = measure_speeds(speed, bundles, quantizer.conversations, [parts(name)[:2] for name in names])
+    headers = ["recipe", "vision MB", "decoder MB", "KL", "same top token", "mean score", "answers", "worst task"]
+    headers += ["vision s", "prefill s", "tokens / s"] if speeds.what else []
+    table = [_line(row, base) + (_speed(row.name, speeds) if speeds.what else ()) for row in rows]
     click.echo(tabulate(table, headers=headers, tablefmt="github", disable_numparse=True))
-    total = len(base.answered)
-    click.echo(f"\n{samples} samples; scores over {total} cases; what no recipe quantizes in fp32; {cpu_model()}")
+    total, positions = len(base.answered), sum(len(logits) for logits, _ in original)
+    click.echo(
+        f"\n{samples} samples; KL over {positions} tokens of {len(told)} answers; scores over {total} cases; what"
+    )
+    click.echo(f"no recipe quantizes in fp32; {cpu_model()}")
+    if speeds.what:
+        click.echo(f"speed: {speeds.what}")
+
+
+def _held_out(start: int) -> list[tuple[Any, str]]:
+    """(messages, answer) of conversations behind the first `start`, which calibration may see."""
+    cases = (
+        TASKS[list(TASKS)[i % len(TASKS)]].case("calibration", i // len(TASKS))
+        for i in range(start, start + CONVERSATIONS)
+    )
+    return [(case.messages, case.truth) for case in cases]
+
+
+def _speed(name: str, speeds: Speeds) -> tuple[str, str, str]:
+    decoder, vision, rotation = parts(name)
+    return ("", "", "") if rotation or name == "fp32" else speeds.row(decoder, vision)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.bundle import OPENVINO_PREFILL, Bundle
 from edgevl.runtime.errors import EdgeVLError, EngineError, InputError
 from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
@@ -206,7 +206,9 @@ def _openvino(bundle: Bundle | None) -> str:
 
     if bundle is not None and bundle.target != "cpu":
         raise EngineError(f"the bundle was exported for {bundle.target!r}; export with --target cpu")
-    return f"openvino {openvino_version()} for vision, onnxruntime {_onnxruntime()} for the decoder"
+    prompts = bundle is None or OPENVINO_PREFILL in bundle.graphs
+    what = "vision and prompts over int4 weights" if prompts else "vision"
+    return f"openvino {openvino_version()} for {what}, onnxruntime {_onnxruntime()} for the rest"
 
 
 def _ort_cuda(bundle: Bundle | None) -> str:

@@ -162,7 +162,8 @@ def release_file_pages(paths: Sequence[Path]) -> None:
     """Give back the resident pages of mapped weight files; those still used come back from the page cache.
 
     ONNX Runtime copies what it repacks, but the pages that it read for that stay resident (233 MB for the embedding
-    of a 2B model, of which a prompt uses a few rows). Only clean, private file mappings are touched. Linux only.
+    of a 2B model, of which a prompt uses a few rows). Mappings that hold pages written to are left alone; that the file
+    itself is still on its way to the disk, as after an export, is no reason to. Linux only.
     """
     smaps, wanted = Path("/proc/self/smaps"), {str(p.resolve()) for p in paths}
     if not smaps.exists():
@@ -175,7 +176,7 @@ def release_file_pages(paths: Sequence[Path]) -> None:
             start, _, end = head[0].partition("-")
             is_ours = len(head) == 6 and head[5] in wanted
             region = (int(start, 16), int(end, 16)) if is_ours else None
-        elif region is not None and head[0] == "Private_Dirty:" and head[1] == "0":
+        elif region is not None and head[0] == "Anonymous:" and head[1] == "0":
             libc.madvise(ctypes.c_void_p(region[0]), ctypes.c_size_t(region[1] - region[0]), _MADV_DONTNEED)
 
 

@@ -12,7 +12,7 @@ from conftest import Pair
 from PIL import Image
 
 from edgevl.benchmarks import smollm2
-from edgevl.benchmarks.divergence import conversation_logits, divergence
+from edgevl.benchmarks.divergence import answer_logits, conversation_logits, divergence
 from edgevl.benchmarks.language_model import calibration_texts, held_out_texts
 from edgevl.calibration.dataset import SampleSource
 from edgevl.runtime.tokenizer import Tokenizer
@@ -89,3 +89,15 @@ def test_the_tokenizer_that_is_written() -> None:
     ids = tokenizer.encode("he 12 he", specials=False)
     assert [tokens[i] for i in ids] == ["he", "Ġ", "1", "2", "Ġhe"] and tokenizer.decode(ids) == "he 12 he"
     assert tokenizer.token_to_id("<|image_pad|>") == 12 and tokenizer.token_to_id("<|vision_start|>") == 9
+
+
+def test_divergence_on_answers(tiny: Pair) -> None:
+    """Answers through the decoder, token by token's graph, are the whole conversation's last rows."""
+    asked = [{"role": "user", "content": "Read the text."}]
+    said = "ab c"
+    ((whole, following),) = conversation_logits(tiny.bundle, [[*asked, {"role": "assistant", "content": said}]])
+    ((logits, told),) = answer_logits(tiny.bundle, [(asked, said)])
+    tail = len(whole) - 1 - int(np.flatnonzero(following == told[-1])[-1])  # behind the end token the template goes on
+    rows = slice(len(whole) - tail - len(told), len(whole) - tail)
+    assert np.array_equal(following[rows], told)
+    np.testing.assert_allclose(logits, whole[rows], atol=1e-4)

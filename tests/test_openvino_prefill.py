@@ -1,7 +1,7 @@
 """Prompts on OpenVINO: the graph that fills the cache says what the decoder says, and the engine uses it rightly.
 
 The graph's oracle is the decoder itself with activations left in float32 (`accuracy_level` 0), both on ONNX Runtime:
-two writings of one formula. OpenVINO's, which rounds activations and adds in bfloat16, is then held against ONNX Runtime's.
+two writings of one formula. OpenVINO's, which rounds activations and adds in bfloat16, is then held against it.
 """
 
 from __future__ import annotations

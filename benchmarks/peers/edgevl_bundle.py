@@ -15,7 +15,10 @@ from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported
 __all__ = ["REQUIREMENTS", "VARIANTS", "BundleModel", "open_model", "prepare"]
 
 REQUIREMENTS: Sequence[str] = ()
-VARIANTS: Mapping[str, str] = {"ort-cpu": "", "openvino": "vision on OpenVINO"}
+VARIANTS: Mapping[str, str] = {
+    "ort-cpu": "",
+    "openvino": "vision (and prompts where the bundle has a graph for them) on OpenVINO",
+}
 
 
 def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
