@@ -18,14 +18,16 @@ import onnx_ir as ir
 from edgevl.export.dialect_ort import OrtDialect
 from edgevl.export.precision import LinearFormat, Precision
 from edgevl.export.weights import BlockWeights
+from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint
 from edgevl.runtime.graph_spec import CACHE_KEY, CACHE_VALUE
 
 __all__ = ["OpenVinoDialect", "is_offered"]
 
 
-def is_offered(precision: Precision) -> bool:
-    """Whether a decoder of this precision has a prefill graph for OpenVINO: weights in blocks, a float32 cache."""
-    return precision.linear.kind == "blocks" and precision.dtype == "float32" and precision.cache is None
+def is_offered(precision: Precision, checkpoint: Checkpoint) -> bool:
+    """Whether a decoder has a prefill graph for OpenVINO: weights in blocks, or left plain, and a float32 cache."""
+    mixed = any(q.kind == "int8" for name, q in checkpoint.layers.items() if name.startswith(DECODER_LAYERS))
+    return precision.linear.kind == "blocks" and precision.dtype == "float32" and not precision.cache and not mixed
 
 
 class OpenVinoDialect(OrtDialect):

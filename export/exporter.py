@@ -261,8 +261,8 @@ def _write(
             write_decoder(dialect, config.text)
             dialect.builder.save(folder / f"{role}.onnx")
             graphs[role] = GraphEntry(f"{role}.onnx", precision.name, spec)
-        if plan.target.name == "cpu" and len(plan.decoder) == 1 and is_offered(plan.decoder[0]):
-            graphs[OPENVINO_PREFILL] = _write_openvino_prefill(checkpoint, folder, data, plan.decoder[0])
+        if plan.target.name == "cpu" and len(plan.decoder) == 1 and is_offered(plan.decoder[0], checkpoint):
+            graphs[OPENVINO_PREFILL] = _openvino_prefill(checkpoint, folder, data, plan.decoder[0])
         digest = data.sha256()
     files["decoder.onnx.data"] = FileEntry((folder / "decoder.onnx.data").stat().st_size, digest)
     for path in sorted(folder.iterdir()):
@@ -289,8 +289,8 @@ def _write(
     )
 
 
-def _write_openvino_prefill(checkpoint: Checkpoint, folder: Path, data: DataFile, precision: Precision) -> GraphEntry:
-    """After the decoder, whose weights it shares: next to nothing on the disk."""
+def _openvino_prefill(checkpoint: Checkpoint, folder: Path, data: DataFile, precision: Precision) -> GraphEntry:
+    """Written after the decoder, whose weights it shares."""
     spec = cache_filling_spec(checkpoint.config, OPENVINO_PREFILL)
     dialect = OpenVinoDialect(spec, checkpoint.config, checkpoint, data, precision)
     write_decoder(dialect, checkpoint.config.text)

@@ -191,6 +191,7 @@ class OpenVinoEngine(OrtEngine):
         self._encoder = self._open_encoder(bundle, count)
         filling = self._open_prefill(bundle, count) if OPENVINO_PREFILL in bundle.graphs else None
         super().__init__(bundle, threads)
+        del self._encoder  # among the graphs now, which `close` frees
         if filling is not None:
             self._graphs["prefill"] = OpenVinoPrefill(filling, self.decoder)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from conftest import MakePair
 from quantized import CASES
 from test_quantized_checkpoints import write
 
+from edgevl.export.dialect_openvino import is_offered
 from edgevl.export.exporter import ExportOptions, export_bundle
+from edgevl.export.precision import decoder_precision
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.bundle import OPENVINO_PREFILL, Bundle
 from edgevl.runtime.decoding import Decoder
@@ -244,6 +247,14 @@ def test_a_bundle_without_the_graph(make_pair: MakePair, tmp_path: Path) -> None
         engine = open_engine(opened, "openvino", threads=1)
         assert isinstance(engine.prefill, OrtGraph)
         engine.close()
+
+
+@pytest.mark.parametrize("kind", ["packed", "int8"])
+def test_a_decoder_with_w8a8_layers_has_none(kind: str) -> None:
+    """OpenVINO reads weights in blocks; a mixed checkpoint's W8A8 layers are in ONNX Runtime's own operators."""
+    checkpoint: Any = SimpleNamespace(layers={"model.layers.1.mlp.up_proj.weight": SimpleNamespace(kind=kind)})
+    checkpoint.layers["visual.blocks.0.attn.qkv.weight"] = SimpleNamespace(kind="int8")
+    assert is_offered(decoder_precision("int4")[0], checkpoint) == (kind == "packed")
 
 
 def test_a_checkpoint_in_activation_order(tmp_path: Path) -> None:
