@@ -1,7 +1,8 @@
 """How fast the graphs are that each recipe leads to, on a checkpoint of full size, all in one run of `edgevl bench`.
 
-Speed depends on formats, not on what is in them: recipes of one format share a bundle, and those that only export can
-make are rounded without calibration. What needs a calibrated checkpoint gets one from four conversations.
+Speed depends on formats, not on what is in them: recipes of one format share a bundle, and what `edgevl export` can round
+by itself needs no calibration. Formats that only a calibrated checkpoint has (hours at full size) are measured where
+their bundle lies in the folder already.
 """
 
 from __future__ import annotations
@@ -19,23 +20,16 @@ import click
 __all__ = ["DECODERS", "VISIONS", "Speeds", "edgevl", "measure_speeds"]
 
 
-@dataclass(frozen=True)
-class _Made:
-    """Options of `edgevl export`; where `quantize` is given, of a checkpoint that was calibrated like that."""
-
-    export: tuple[str, ...] = ()
-    quantize: tuple[str, ...] = ()
-
-
-_BUNDLES = {
-    "int4": _Made(("--precision", "int4")),
-    "int4-g32": _Made(("--precision", "int4", "--block-size", "32")),
-    "int4-down8": _Made(quantize=("--recipe", "gptq-int4-down8", "--vision", "int8")),
-    "int8-weights": _Made(("--precision", "int8-weights")),
-    "w8a8": _Made(("--precision", "int8")),
-    "w8a8-static": _Made(quantize=("--recipe", "w8a8-static", "--vision", "int8-static")),
-    "hybrid": _Made(("--precision", "hybrid")),
-    "vision-fp32": _Made(("--precision", "int4", "--vision-precision", "fp32")),
+# bundle -> the options of `edgevl export` that make it; None: it takes `edgevl quantize` first
+_BUNDLES: dict[str, tuple[str, ...] | None] = {
+    "int4": ("--precision", "int4"),
+    "int4-g32": ("--precision", "int4", "--block-size", "32"),
+    "int4-down8": None,
+    "int8-weights": ("--precision", "int8-weights"),
+    "w8a8": ("--precision", "int8"),
+    "w8a8-static": None,
+    "hybrid": ("--precision", "hybrid"),
+    "vision-fp32": ("--precision", "int4", "--vision-precision", "fp32"),
 }
 # recipe -> the bundle whose decoder, or vision encoder, has its format
 DECODERS = {
@@ -57,7 +51,7 @@ class Speeds:
     vision_s: dict[str, float]
     prefill_s: dict[str, float]
     tokens_per_s: dict[str, float]
-    what: str
+    what: str  # "" where nothing was measured
 
     def row(self, decoder: str, vision: str) -> tuple[str, str, str]:
         """Vision s, prefill s, tokens / s; empty where a format was not measured."""
@@ -82,22 +76,25 @@ def edgevl(*arguments: object) -> None:
         raise click.ClickException(f"edgevl {' '.join(map(str, arguments))}: {done.stderr.strip()}")
 
 
-def measure_speeds(
-    checkpoint: Path, folder: Path, pictures: Path, recipes: Sequence[tuple[str, str]], rounds: int = 3
-) -> Speeds:
+def measure_speeds(checkpoint: Path, folder: Path, recipes: Sequence[tuple[str, str]], rounds: int = 3) -> Speeds:
     """A 448×448 picture and 64 new tokens through the formats of `recipes` (decoder, vision).
 
     Args:
         folder: where the bundles are kept; those that are there already are used.
-        pictures: conversations or a folder to calibrate on where that is needed.
     """
     named = [table.get(name, "") for recipe in recipes for table, name in zip((DECODERS, VISIONS), recipe)]
-    bundles = [folder / name for name in _BUNDLES if name in named]
+    folder.mkdir(parents=True, exist_ok=True)
+    bundles = []
+    for name, options in _BUNDLES.items():
+        there = (folder / name).exists()
+        if name not in named or (options is None and not there):
+            continue
+        bundles.append(folder / name)
+        if options is not None and not there:
+            click.echo(f"making {folder / name}", err=True)
+            edgevl("export", checkpoint, "-o", folder / name, "--no-verify", *options)
     if not bundles:
         return Speeds({}, {}, {}, "")
-    folder.mkdir(parents=True, exist_ok=True)
-    for bundle in bundles:
-        _make(checkpoint, bundle, pictures)
     with tempfile.TemporaryDirectory() as temporary:
         lines = Path(temporary) / "bench.jsonl"
         given = ("--new-tokens", 64, "--rounds", rounds, "--requests", 2, "--json", lines)
@@ -110,18 +107,3 @@ def measure_speeds(
         {c["bundle"]: c["tokens_per_s"]["p50"] for c in cases},
         f"{checkpoint.name}, {cases[0]['describe']}; {rounds} rounds of 2 requests, median",
     )
-
-
-def _make(checkpoint: Path, bundle: Path, pictures: Path) -> None:
-    if bundle.exists():
-        return
-    click.echo(f"making {bundle}", err=True)
-    made = _BUNDLES[bundle.name]
-    if not made.quantize:
-        edgevl("export", checkpoint, "-o", bundle, "--no-verify", *made.export)
-        return
-    with tempfile.TemporaryDirectory(dir=bundle.parent) as temporary:
-        quantized = Path(temporary) / "checkpoint"
-        few = ("--images", pictures, "--samples", 4, "--held-out", 1)
-        edgevl("quantize", checkpoint, "-o", quantized, *made.quantize, *few)
-        edgevl("export", quantized, "-o", bundle, "--no-verify")

@@ -166,7 +166,7 @@ def main(checkpoint: Path, samples: int, cases: int, recipes: str, speed: Path |
             click.echo(_details(rows[-1]), err=True)
         speeds = Speeds({}, {}, {}, "")
         if speed is not None:
-            speeds = measure_speeds(speed, bundles, quantizer.conversations, [parts(name)[:2] for name in names])
+            speeds = measure_speeds(speed, bundles, [parts(name)[:2] for name in names])
     headers = ["recipe", "vision MB", "decoder MB", "KL", "same top token", "mean score", "answers", "worst task"]
     headers += ["vision s", "prefill s", "tokens / s"] if speeds.what else []
     table = [_line(row, base) + (_speed(row.name, speeds) if speeds.what else ()) for row in rows]
