@@ -1,8 +1,8 @@
 """How fast the graphs are that each recipe leads to, on a checkpoint of full size, all in one run of `edgevl bench`.
 
-Speed depends on formats, not on what is in them: recipes of one format share a bundle, and what `edgevl export` can round
-by itself needs no calibration. Formats that only a calibrated checkpoint has (hours at full size) are measured where
-their bundle lies in the folder already.
+Speed depends on formats, not on what is in them: recipes of one format share a bundle, and what `edgevl export` can
+round by itself needs no calibration. Formats that only a calibrated checkpoint has (most of an hour at full size) are
+measured where their bundle lies in the folder already.
 """
 
 from __future__ import annotations
