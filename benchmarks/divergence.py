@@ -70,7 +70,7 @@ def answer_logits(
         end = model.config.tokens.eos_token_ids[0]
         for messages, answer in conversations:
             told = np.array(model.tokenizer.encode(answer, specials=True), np.int64)
-            (prompt,) = [model.prepare(list(messages), len(told) + 1)]
+            prompt = model.prepare(list(messages), len(told) + 1)
             embeds = np.concatenate([np.asarray(i.embeds) for i in prompt.images]) if prompt.images else None
             decoder = model.decoder()
             first = decoder.prefill(0, prompt.ids, prompt.positions, embeds)
