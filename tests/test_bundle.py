@@ -15,6 +15,7 @@ from conftest import USABLE, Pair
 from edgevl.runtime import engine as engine_module
 from edgevl.runtime import ort_engine
 from edgevl.runtime.bundle import MANIFEST, Bundle
+from edgevl.runtime.decoding import Decoder
 from edgevl.runtime.engine import EngineStatus, engine_status, open_engine
 from edgevl.runtime.errors import BundleError, CapacityError, EngineError
 from edgevl.runtime.graph_spec import GraphSpec, decoder_spec
@@ -157,6 +158,31 @@ def test_released_pages_come_back(tiny: Pair) -> None:
 
 
 # ------------------------------------------------------------------ KV cache
+
+
+def test_a_kept_binding_is_of_its_cache(tiny: Pair) -> None:
+    """Steps over two caches in turn, and over rows of one, are the steps over each alone."""
+    ids, positions = np.arange(5), np.broadcast_to(np.arange(5), (3, 5))
+    with tiny.open() as model:
+
+        def decoded(first: int, steps: int, decoder: Decoder) -> list[np.ndarray]:
+            decoder.prefill(0, ids + first, positions)
+            return [decoder.step(np.array([first + i]), np.array([5 + i]))[0] for i in range(steps)]
+
+        alone = [decoded(first, 4, model.decoder()) for first in (0, 20)]
+        both = [model.decoder(), model.decoder()]
+        for decoder, first in zip(both, (0, 20)):
+            decoder.prefill(0, ids + first, positions)
+        for i in range(4):
+            for decoder, first, expected in zip(both, (0, 20), alone):
+                got = decoder.step(np.array([first + i]), np.array([5 + i]))[0]
+                assert np.array_equal(got, expected[i])
+        pair = model.decoder(2)
+        for row, first in enumerate((0, 20)):
+            pair.prefill(row, ids + first, positions)
+        for i in range(4):
+            rows = pair.step(np.array([i, 20 + i]), np.full(2, 5 + i))
+            np.testing.assert_allclose(rows, [alone[0][i], alone[1][i]], atol=1e-5)
 
 
 def test_cache_rows(tiny: Pair) -> None:
