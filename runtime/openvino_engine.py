@@ -22,8 +22,8 @@ from edgevl.runtime.engine import GraphRunner, usable_cores
 from edgevl.runtime.errors import EngineError
 from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView
-from edgevl.runtime.ort_engine import OrtEngine, check_signature, release_file_pages
-from edgevl.runtime.trt_feeds import NO_IMAGE, appended_mask, store_appended
+from edgevl.runtime.ort_engine import OrtEngine, check_signature, release_weight_files
+from edgevl.runtime.trt_feeds import appended_mask, rows_of_images, store_appended
 
 __all__ = [
     "LEAST_OPENVINO",
@@ -152,13 +152,11 @@ class OpenVinoPrefill:
 
     def _feeds(self, feeds: Mapping[str, np.ndarray], count: int, past: int, cache: CacheView) -> dict[str, np.ndarray]:
         """The first `count` tokens, behind `past` ones in the cache."""
-        slots, embeds = np.asarray(feeds["image_slots"]), np.asarray(feeds["image_embeds"])
-        image_rows = np.full((1, np.shape(feeds["input_ids"])[1]), NO_IMAGE, np.int64)
-        image_rows[0, slots] = np.arange(len(slots))
+        embeds = np.asarray(feeds["image_embeds"])
         given = {
             "input_ids": feeds["input_ids"][:, :count],
             "image_embeds": embeds if len(embeds) else np.zeros((1, embeds.shape[1]), np.float32),
-            "image_rows": image_rows[:, :count],
+            "image_rows": rows_of_images(feeds)[:, :count],
             "rotary_cos": feeds["rotary_cos"][:, :count],
             "rotary_sin": feeds["rotary_sin"][:, :count],
             "attention_mask": appended_mask(np.array([past]), count, past),
@@ -200,19 +198,15 @@ class OpenVinoEngine(OrtEngine):
         graph, vision = bundle.graphs["vision"], bundle.model.vision
         opened = OpenVinoGraph(bundle.path(graph.file), graph.spec, threads, vision.embed_dim)
         opened.repack(patches=vision.spatial_merge_size**2)
-        _release(bundle)
+        release_weight_files(bundle)
         return opened
 
     def _open_prefill(self, bundle: Bundle, threads: int) -> OpenVinoGraph:
         graph = bundle.graphs[OPENVINO_PREFILL]
         opened = OpenVinoGraph(bundle.path(graph.file), graph.spec, threads, _WEIGHT_GROUP)
         opened.repack(sequence=_FEWEST_TOKENS, past=0, attended=_FEWEST_TOKENS)
-        _release(bundle)
+        release_weight_files(bundle)
         return opened
 
     def _open(self, bundle: Bundle, role: str) -> GraphRunner:
         return self._encoder if role == "vision" else super()._open(bundle, role)
-
-
-def _release(bundle: Bundle) -> None:
-    release_file_pages([bundle.path(name) for name in bundle.files if name.endswith(".data")])

@@ -14,7 +14,17 @@ import numpy as np
 from edgevl.runtime.errors import CapacityError
 from edgevl.runtime.graph_spec import APPENDED, GraphSpec
 
-__all__ = ["MASKED", "NO_IMAGE", "as_dtype", "attention_mask", "is_tensorrt_spec", "store_appended", "tensorrt_feeds"]
+__all__ = [
+    "MASKED",
+    "NO_IMAGE",
+    "appended_mask",
+    "as_dtype",
+    "attention_mask",
+    "is_tensorrt_spec",
+    "rows_of_images",
+    "store_appended",
+    "tensorrt_feeds",
+]
 
 # Added to a score that must not count. Not -inf, nor float16's lowest, which becomes -inf with a negative score added:
 # a kernel that goes by blocks of keys would give NaN where a whole block is masked.
@@ -41,6 +51,14 @@ def appended_mask(past: np.ndarray, sequence: int, visible: int) -> np.ndarray:
     return np.where(np.concatenate([cached, new], -1), np.float32(0), np.float32(MASKED))
 
 
+def rows_of_images(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+    """int64 [B, S]: for every token of `input_ids` the row of `image_embeds` that takes its place, or NO_IMAGE."""
+    slots = np.asarray(feeds["image_slots"], np.int64)
+    found = np.full(np.size(feeds["input_ids"]), NO_IMAGE, np.int64)
+    found[slots] = np.arange(len(feeds["image_embeds"]))
+    return found.reshape(np.shape(feeds["input_ids"]))
+
+
 def tensorrt_feeds(
     feeds: Mapping[str, np.ndarray], spec: GraphSpec, visible: int | None = None
 ) -> dict[str, np.ndarray]:
@@ -60,7 +78,7 @@ def tensorrt_feeds(
         CapacityError: the tokens do not fit the cache.
     """
     ids = np.asarray(feeds["input_ids"])
-    rows, sequence = ids.shape
+    sequence = ids.shape[1]
     past = np.asarray(feeds["seqlens_k"], np.int64) + 1 - sequence
     capacity = int(spec.input(spec.cache[0][0]).shape[2])
     longest = int(past.max()) + sequence
@@ -68,12 +86,10 @@ def tensorrt_feeds(
         raise CapacityError(f"{longest} tokens are needed, the KV cache holds {capacity}")
     hidden = int(spec.input("image_embeds").shape[1])
     embeds, wanted = np.asarray(feeds["image_embeds"]), np.asarray(feeds["logits_rows"], np.int64)
-    image_rows = np.full(rows * sequence, NO_IMAGE, np.int64)
-    image_rows[np.asarray(feeds["image_slots"], np.int64)] = np.arange(len(embeds))
     out = {
         "input_ids": ids,
         "image_embeds": embeds if len(embeds) else np.zeros((1, hidden), np.float32),
-        "image_rows": image_rows.reshape(rows, sequence),
+        "image_rows": rows_of_images(feeds),
         "rotary_cos": feeds["rotary_cos"],
         "rotary_sin": feeds["rotary_sin"],
         "logits_rows": wanted if len(wanted) else np.zeros(1, np.int64),
