@@ -30,7 +30,7 @@ from edgevl.calibration.w8a8 import AFFINE
 from edgevl.calibration.w8a8 import rounding as rounded_activations
 from edgevl.calibration.weights import Head, Tensors, layer_weights, same_head
 from edgevl.runtime.errors import InputError
-from edgevl.runtime.schemes import QuantizedLayer
+from edgevl.runtime.quantized_layers import QuantizedLayer
 
 __all__ = [
     "Comparison",

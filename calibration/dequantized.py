@@ -14,7 +14,7 @@ from edgevl.calibration.formats import dequantize_blocks
 from edgevl.calibration.quantized import QuantizedReader
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.config import ModelConfig
-from edgevl.runtime.schemes import QuantizedLayer
+from edgevl.runtime.quantized_layers import QuantizedLayer
 
 __all__ = ["FloatCheckpoint"]
 

@@ -1,6 +1,7 @@
 """Reads the codes of a checkpoint's quantized layers, some outputs at a time; nothing is dequantized.
 
-Knows files and layers (edgevl.runtime.schemes), not graphs; the layouts themselves are in edgevl.calibration.packing.
+Knows files and layers (edgevl.runtime.quantized_layers), not graphs; the layouts themselves are in
+edgevl.calibration.packing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from edgevl.calibration.packing import (
     unpack_int8,
 )
 from edgevl.runtime.checkpoint import Checkpoint
-from edgevl.runtime.schemes import QuantizedLayer
+from edgevl.runtime.quantized_layers import QuantizedLayer
 
 __all__ = ["LayerGrid", "QuantizedReader"]
 

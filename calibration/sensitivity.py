@@ -23,7 +23,7 @@ from edgevl.calibration.layers import DECODER_GROUPS, Watch
 from edgevl.calibration.streams import Streams
 from edgevl.calibration.weights import Tensors, layer_weights
 from edgevl.runtime.errors import InputError
-from edgevl.runtime.schemes import QuantizedLayer
+from edgevl.runtime.quantized_layers import QuantizedLayer
 
 __all__ = ["GRANULARITIES", "Sensitivity", "Unit", "sensitivities", "units_of"]
 

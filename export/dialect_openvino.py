@@ -1,10 +1,12 @@
-"""The OpenVINO dialect: the prompt's way through a weight-only decoder, for the engine `openvino` beside ONNX Runtime.
+"""The OpenVINO dialect: the prompt's way through a decoder, for the engine `openvino` beside ONNX Runtime.
 
 OpenVINO multiplies int4 weights by activations rounded to int8 nearly twice as fast over many rows as MatMulNBits
 does, and more slowly over one (figures in benchmarks/LOG.md). So it only fills the cache: the graph ends at the last
 layer's keys and values, and the last token of a prompt is ONNX Runtime's first step. Weights are the decoder's bytes
 in the same file, written as what OpenVINO takes for compressed weights (Cast, Sub, Mul, Reshape in front of a
-product); its reader of MatMulNBits would copy them instead of mapping the file.
+product); its reader of MatMulNBits would copy them instead of mapping the file. W8A8 layers are those of the ONNX
+Runtime dialect, which OpenVINO reads, but that down_proj has no zero points: in bfloat16, the offsets that they add and
+take away again would cost more than they gain.
 """
 
 from __future__ import annotations
@@ -25,9 +27,12 @@ __all__ = ["OpenVinoDialect", "is_offered"]
 
 
 def is_offered(precision: Precision, checkpoint: Checkpoint) -> bool:
-    """Whether a decoder has a prefill graph for OpenVINO: weights in blocks, or left plain, and a float32 cache."""
-    mixed = any(q.kind == "int8" for name, q in checkpoint.layers.items() if name.startswith(DECODER_LAYERS))
-    return precision.linear.kind == "blocks" and precision.dtype == "float32" and not precision.cache and not mixed
+    """Whether a decoder has a prefill graph for OpenVINO: a float32 cache, and layers all in blocks or all W8A8 with
+    scales found at run time, or plain."""
+    layers = [q for name, q in checkpoint.layers.items() if name.startswith(DECODER_LAYERS)]
+    kinds = {"blocks" if q.kind != "int8" else "w8a8" if q.input_scale is None else "static" for q in layers}
+    alike = precision.linear.kind in ("blocks", "w8a8") and kinds <= {precision.linear.kind}
+    return alike and precision.dtype == "float32" and not precision.cache
 
 
 class OpenVinoDialect(OrtDialect):
@@ -71,6 +76,9 @@ class OpenVinoDialect(OrtDialect):
         return self._op("Where", pictured, found, x)
 
     # ------------------------------------------------------------------ linear layers
+
+    def _affine_product(self, x: ir.Value, name: str, like: ir.Value) -> ir.Value:
+        return self._product(x, [name], False)
 
     def _matmul_nbits(self, x: ir.Value, weight: BlockWeights, bias: ir.Value | None) -> ir.Value:
         if weight.order is not None:

@@ -29,7 +29,7 @@ from edgevl.runtime.graph_spec import cache_filling_spec
 from edgevl.runtime.image_processing import ImageProcessorConfig
 from edgevl.runtime.mrope import MROPE_RULES
 from edgevl.runtime.prompt import load_chat_template
-from edgevl.runtime.schemes import QuantizedLayer, own_precision
+from edgevl.runtime.quantized_layers import QuantizedLayer, own_precision
 from edgevl.runtime.tokenizer import Tokenizer
 
 __all__ = ["KV_CACHES", "PRECISIONS", "TARGETS", "ExportOptions", "ExportReport", "PartReport", "export_bundle"]
@@ -261,8 +261,8 @@ def _write(
             write_decoder(dialect, config.text)
             dialect.builder.save(folder / f"{role}.onnx")
             graphs[role] = GraphEntry(f"{role}.onnx", precision.name, spec)
-        if plan.target.name == "cpu" and len(plan.decoder) == 1 and is_offered(plan.decoder[0], checkpoint):
-            graphs[OPENVINO_PREFILL] = _openvino_prefill(checkpoint, folder, data, plan.decoder[0])
+        if plan.target.name == "cpu" and is_offered(plan.decoder[0], sources[0]):
+            graphs[OPENVINO_PREFILL] = _openvino_prefill(sources[0], folder, data, plan.decoder[0])
         digest = data.sha256()
     files["decoder.onnx.data"] = FileEntry((folder / "decoder.onnx.data").stat().st_size, digest)
     for path in sorted(folder.iterdir()):
@@ -290,7 +290,7 @@ def _write(
 
 
 def _openvino_prefill(checkpoint: Checkpoint, folder: Path, data: DataFile, precision: Precision) -> GraphEntry:
-    """Written after the decoder, whose weights it shares."""
+    """Written after the graph for prompts, whose weights it shares."""
     spec = cache_filling_spec(checkpoint.config, OPENVINO_PREFILL)
     dialect = OpenVinoDialect(spec, checkpoint.config, checkpoint, data, precision)
     write_decoder(dialect, checkpoint.config.text)

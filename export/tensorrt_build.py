@@ -18,29 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from edgevl.export.build_progress import progress_monitor
+from edgevl.export.plan_profiles import decoder_profiles, plan_limits, vision_profile
 from edgevl.runtime.bundle import Bundle, file_sha256
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, EngineError, InputError
 from edgevl.runtime.gpu import current_gpu
-from edgevl.runtime.graph_spec import APPENDED, GraphSpec
 from edgevl.runtime.plans import (
-    DECODE_PROFILE,
     ENGINES_FOLDER,
-    PREFILL_PROFILE,
-    VISION_PROFILE,
     PlanFile,
     PlanProfile,
     PlanSet,
-    ShapeRange,
     find_plans,
     plan_folder_name,
 )
 from edgevl.runtime.tensorrt_library import BuildLog, TensorRT, find_tensorrt
 
-__all__ = ["BuildOptions", "BuildReport", "PlanReport", "build_plans", "decoder_profiles", "vision_profile"]
+__all__ = ["BuildOptions", "BuildReport", "PlanReport", "build_plans"]
 
 Progress = Callable[[str, str, int, int], None]  # plan, phase, step, steps
-_USUAL_PATCHES = 1024  # of a picture of 448 x 448: what the vision profile is tuned for
 _NO_INT4 = (7, 5)
 
 
@@ -105,7 +100,7 @@ def build_plans(
     _check_int4(bundle, capabilities)
     if options.targets and options.refit:
         raise InputError("plans that can be refitted are built on their GPU only; leave --for or --refit away")
-    limits = _limits(bundle, options)
+    limits = plan_limits(bundle, options)
     folder = bundle.path(ENGINES_FOLDER) / plan_folder_name(library.flavour, library.version, device)
     _check_folder(bundle, folder, overwrite)
     profiles = {
@@ -142,86 +137,6 @@ def build_plans(
             plans=plans,
         ).write()
     return BuildReport(PlanSet.read(folder), tuple(reports), peak_rss_bytes(), tuple(notes))
-
-
-# ---------------------------------------------------------------------- profiles
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The largest requests that plans take."""
-
-    capacity: int
-    rows: int
-    prefill: int
-    frames: int
-    min_patches: int
-    max_patches: int
-    merged: int  # patches per token
-
-
-def decoder_profiles(spec: GraphSpec, limits: Limits) -> tuple[PlanProfile, PlanProfile]:
-    """(one token, prefill): one wide profile would lose the decode kernels."""
-    pictures = max(limits.prefill, limits.frames * limits.max_patches // limits.merged)
-    rows, usual = limits.rows, min(limits.prefill, 512)
-    whole = limits.capacity
-    decode = {"batch": (1, 1, rows), "sequence": (1, 1, 1), "image_tokens": (1, 1, 1), "rows": (1, 1, rows)}
-    prefill = {
-        "batch": (1, 1, 1),
-        "sequence": (1, usual, limits.prefill),
-        "image_tokens": (1, min(usual, pictures), pictures),
-        "rows": (1, 1, 1),
-    }
-    if spec.cache_update == APPENDED:
-        decode["attended"] = (2, max(2, whole // 2), max(2, whole))
-        prefill["attended"] = (2, usual + 1, limits.prefill + whole)
-    return _profile(DECODE_PROFILE, spec, decode), _profile(PREFILL_PROFILE, spec, prefill)
-
-
-def vision_profile(spec: GraphSpec, limits: Limits) -> PlanProfile:
-    usual = min(max(_USUAL_PATCHES, limits.min_patches), limits.max_patches)
-    axes = {"frames": (1, 1, limits.frames), "patches": (limits.min_patches, usual, limits.max_patches)}
-    return _profile(VISION_PROFILE, spec, axes)
-
-
-def _profile(name: str, spec: GraphSpec, axes: dict[str, tuple[int, int, int]]) -> PlanProfile:
-    shapes = {}
-    for tensor in spec.inputs:
-        per_axis = [axes[d] if isinstance(d, str) else (d, d, d) for d in tensor.shape]
-        shapes[tensor.name] = ShapeRange(*(tuple(a[i] for a in per_axis) for i in range(3)))
-    return PlanProfile(name, shapes)
-
-
-def _limits(bundle: Bundle, options: BuildOptions) -> Limits:
-    decoder, vision = bundle.graphs["decoder"].spec, bundle.model.vision
-    capacity = int(decoder.input(decoder.cache[0][0]).shape[2])
-    prefill = min(1024, capacity) if options.prefill is None else options.prefill
-    for name, value, most in (
-        ("rows", options.rows, 64),
-        ("prefill", prefill, capacity),
-        ("frames", options.frames, 64),
-    ):
-        if not 1 <= value <= most:
-            raise InputError(f"profile {name} is {value}, expected 1 to {most}")
-    pixels, merged = vision.patch_size**2, vision.spatial_merge_size**2
-    processor = bundle.image_processor
-    largest = merged * capacity  # a picture of more tokens fits no prompt
-    low = merged if options.min_pixels is None else options.min_pixels // pixels // merged * merged
-    high = processor.max_pixels if options.max_pixels is None else options.max_pixels
-    high = high // pixels // merged * merged
-    if options.max_pixels is None:
-        high = min(high, largest)
-    if high > largest:
-        raise InputError(
-            f"profile max-pixels is {options.max_pixels:,}, which is {high // merged:,} tokens; the KV cache holds "
-            f"{capacity:,}: expected at most {largest * pixels:,}, or export with more --max-tokens"
-        )
-    if not merged <= low <= high:
-        raise InputError(
-            f"profile pixels from {options.min_pixels or low * pixels:,} to {options.max_pixels or high * pixels:,}, "
-            f"expected at least {merged * pixels:,} and no less at the upper end"
-        )
-    return Limits(capacity, options.rows, prefill, options.frames, low, high, merged)
 
 
 # ---------------------------------------------------------------------- one build

@@ -1,7 +1,7 @@
 """Reads Qwen2-VL checkpoints: safetensors by name, one tensor at a time, as float32; knows neither torch nor graphs.
 
 Everything that can be wrong with a checkpoint is found when it is opened, except the values, which are checked as they
-are read. Layers that are stored quantized are recognized (edgevl.runtime.schemes); their codes are read by
+are read. Layers that are stored quantized are recognized (edgevl.runtime.quantized_layers); their codes are read by
 edgevl.calibration.quantized.
 """
 
@@ -19,15 +19,8 @@ import numpy as np
 from edgevl.runtime.cache_scales import CacheScales, take_cache_scales
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.errors import CheckpointError
-from edgevl.runtime.schemes import (
-    Quantization,
-    QuantizedLayer,
-    own_precision,
-    quantization_config,
-    read_quantization,
-    read_rotation,
-    take_layers,
-)
+from edgevl.runtime.quantized_layers import QuantizedLayer, own_precision, take_layers
+from edgevl.runtime.schemes import Quantization, quantization_config, read_quantization, read_rotation
 from edgevl.runtime.shards import (
     AGAIN,
     CHUNK,

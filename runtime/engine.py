@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from edgevl.runtime.bundle import OPENVINO_PREFILL, Bundle
+from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.errors import EdgeVLError, EngineError, InputError
 from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
@@ -202,12 +202,11 @@ def _ort_cpu(bundle: Bundle | None) -> str:
 
 
 def _openvino(bundle: Bundle | None) -> str:
-    from edgevl.runtime.openvino_engine import openvino_version
+    from edgevl.runtime.openvino_engine import openvino_version, prompts_on_openvino
 
     if bundle is not None and bundle.target != "cpu":
         raise EngineError(f"the bundle was exported for {bundle.target!r}; export with --target cpu")
-    prompts = bundle is None or OPENVINO_PREFILL in bundle.graphs
-    what = "vision and prompts over int4 weights" if prompts else "vision"
+    what = "vision and prompts" if bundle is None or prompts_on_openvino(bundle) else "vision"
     return f"openvino {openvino_version()} for {what}, onnxruntime {_onnxruntime()} for the rest"
 
 

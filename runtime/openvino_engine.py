@@ -1,10 +1,11 @@
-"""OpenVINO for the vision encoder and for prompts over int4 weights, ONNX Runtime for the rest: one bundle of
-`--target cpu`.
+"""OpenVINO for the vision encoder and for prompts, ONNX Runtime for the rest: one bundle of `--target cpu`.
 
 OpenVINO reads the encoder's ONNX graph as it is. It has attention in bfloat16 where the processor multiplies that
-(AVX512-BF16, AMX), which large pictures are bound by, and its int8 kernels round activations as they come. Prompts have
-a graph of their own over the decoder's weights (`edgevl.export.dialect_openvino`), which takes nearly half of ONNX
-Runtime's time there; a second packed copy of the layers, without the head, is what it costs.
+(AVX512-BF16, AMX), which large pictures are bound by, and its int8 kernels round activations as they come, or multiply
+them on tiles (AMX, `edgevl.runtime.openvino_rewrite`). Prompts have a graph of their own over the decoder's weights
+(`edgevl.export.dialect_openvino`), which takes nearly half of ONNX Runtime's time there; a second packed copy of the
+layers, without the head, is what it costs. Over W8A8 weights it is used where there are tiles: it takes the place of
+`hybrid`'s own graph for prompts then.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from edgevl.runtime.engine import GraphRunner, usable_cores
 from edgevl.runtime.errors import EngineError
 from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView
+from edgevl.runtime.openvino_rewrite import (
+    has_int8_tiles,
+    join_transposes,
+    round_rows,
+    without_row_scales,
+)
 from edgevl.runtime.ort_engine import OrtEngine, check_signature, release_weight_files
 from edgevl.runtime.trt_feeds import appended_mask, rows_of_images, store_appended
 
@@ -31,7 +38,7 @@ __all__ = [
     "OpenVinoGraph",
     "OpenVinoPrefill",
     "openvino_version",
-    "without_row_scales",
+    "prompts_on_openvino",
 ]
 
 LEAST_OPENVINO = "2026.4"  # 2025.4 crashes on the encoder; nothing between was tried
@@ -54,25 +61,10 @@ def openvino_version() -> str:
     return version
 
 
-def without_row_scales(model: Any) -> int:
-    """Undo, in an openvino.Model, the scaling of rows by which the ONNX Runtime dialect makes a per-tensor kernel round
-    per token: (x / s) W s = x W, and OpenVINO's kernels find their own scales. How many layers it was taken from."""
-    undone = 0
-    for product in [op for op in model.get_ops() if op.get_type_name() == "MatMul"]:
-        scaled = product.input_value(0).get_node()
-        if scaled.get_type_name() != "Divide":
-            continue
-        scale = scaled.input_value(1)
-        if scale.get_node().get_type_name() != "Maximum":
-            continue
-        after = [i.get_node() for i in product.output(0).get_target_inputs()]
-        if len(after) != 1 or after[0].get_type_name() != "Multiply" or scale not in after[0].input_values():
-            continue
-        product.input(0).replace_source_output(scaled.input_value(0))
-        for reader in after[0].output(0).get_target_inputs():
-            reader.replace_source_output(product.output(0))
-        undone += 1
-    return undone
+def prompts_on_openvino(bundle: Bundle) -> bool:
+    """Whether it has a graph for prompts that is the fastest here: W8A8 only with int8 tiles."""
+    graph = bundle.graphs.get(OPENVINO_PREFILL)
+    return graph is not None and (graph.precision != "int8" or has_int8_tiles())
 
 
 class OpenVinoGraph:
@@ -80,10 +72,11 @@ class OpenVinoGraph:
 
     Args:
         group: inputs of a quantized layer that share an activation scale; for W8A8 the width of the layers' rows makes
-            it one scale per token, as in the ONNX Runtime dialect.
+            it one scale per token, as in the ONNX Runtime dialect. Without meaning where products are in tiles.
+        tiles: products of int8 by int8, for the processor's tiles; by default where it has them.
     """
 
-    def __init__(self, path: Path, spec: GraphSpec, threads: int, group: int) -> None:
+    def __init__(self, path: Path, spec: GraphSpec, threads: int, group: int, tiles: bool | None = None) -> None:
         self.spec = spec
         openvino: Any = importlib.import_module("openvino")
         settings = {
@@ -95,7 +88,11 @@ class OpenVinoGraph:
         try:
             core = openvino.Core()
             model = core.read_model(str(path))
-            without_row_scales(model)
+            join_transposes(model)
+            if has_int8_tiles() if tiles is None else tiles:
+                round_rows(model)
+            else:
+                without_row_scales(model)
             self._compiled = core.compile_model(model, "CPU", settings)
         except Exception as e:  # openvino raises RuntimeError for all that it cannot read
             reason = next((line for line in reversed(str(e).splitlines()) if line.strip()), type(e).__name__)
@@ -187,7 +184,7 @@ class OpenVinoEngine(OrtEngine):
         openvino_version()
         count = threads or usable_cores()
         self._encoder = self._open_encoder(bundle, count)
-        filling = self._open_prefill(bundle, count) if OPENVINO_PREFILL in bundle.graphs else None
+        filling = self._open_prefill(bundle, count) if prompts_on_openvino(bundle) else None
         super().__init__(bundle, threads)
         del self._encoder  # among the graphs now, which `close` frees
         if filling is not None:
@@ -207,6 +204,10 @@ class OpenVinoEngine(OrtEngine):
         opened.repack(sequence=_FEWEST_TOKENS, past=0, attended=_FEWEST_TOKENS)
         release_weight_files(bundle)
         return opened
+
+    def _roles(self, bundle: Bundle) -> list[str]:
+        roles = super()._roles(bundle)
+        return [r for r in roles if r != "prefill"] if prompts_on_openvino(bundle) else roles
 
     def _open(self, bundle: Bundle, role: str) -> GraphRunner:
         return self._encoder if role == "vision" else super()._open(bundle, role)

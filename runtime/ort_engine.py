@@ -134,12 +134,15 @@ class OrtEngine:
         self._trace = trace
         self.threads = threads or usable_cores()
         # Repacking weights is most of the time of opening, and each session does it on one thread.
-        roles = [role for role in bundle.graphs if role != OPENVINO_PREFILL]
+        roles = self._roles(bundle)
         with ThreadPoolExecutor(len(roles)) as pool:
             opened = dict(zip(roles, pool.map(lambda role: self._open(bundle, role), roles)))
         release_weight_files(bundle)
         self._graphs: dict[str, GraphRunner] = opened
         self.limits = EngineLimits()
+
+    def _roles(self, bundle: Bundle) -> list[str]:
+        return [role for role in bundle.graphs if role != OPENVINO_PREFILL]
 
     def _open(self, bundle: Bundle, role: str) -> GraphRunner:
         graph = bundle.graphs[role]

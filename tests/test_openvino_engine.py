@@ -13,11 +13,11 @@ from PIL import Image
 from test_cli import edgevl
 
 from edgevl.export.exporter import ExportOptions, export_bundle
-from edgevl.runtime import VisionLanguageModel
+from edgevl.runtime import VisionLanguageModel, openvino_engine
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.engine import open_engine
 from edgevl.runtime.errors import EngineError
-from edgevl.runtime.openvino_engine import LEAST_OPENVINO, OpenVinoGraph, openvino_version, without_row_scales
+from edgevl.runtime.openvino_engine import LEAST_OPENVINO, OpenVinoGraph, openvino_version
 
 pytest.importorskip("openvino")
 
@@ -59,8 +59,13 @@ def test_embeddings_are_onnx_runtimes_at_every_size(demo_bundles: dict[str, Path
         assert np.array_equal(first, kept)
 
 
-def test_int8_costs_what_it_costs_on_onnx_runtime(demo_bundles: dict[str, Path]) -> None:
-    """One activation scale per token on both: no further from float than 1.5 times the other."""
+@pytest.mark.parametrize("tiles", [False, True])
+def test_int8_costs_what_it_costs_on_onnx_runtime(
+    demo_bundles: dict[str, Path], tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One activation scale per token on both: no further from float than 1.5 times the other. Whichever kernels the
+    processor is taken to have, it runs."""
+    monkeypatch.setattr(openvino_engine, "has_int8_tiles", lambda: tiles)
     image = picture(224, 168)
     embeds = {}
     for precision, engine in (("fp32", "ort-cpu"), ("int8", "ort-cpu"), ("int8", "openvino")):
@@ -70,15 +75,6 @@ def test_int8_costs_what_it_costs_on_onnx_runtime(demo_bundles: dict[str, Path])
     onnxruntime = relative(embeds["int8", "ort-cpu"], reference)
     assert onnxruntime > 0
     assert relative(embeds["int8", "openvino"], reference) < 1.5 * onnxruntime
-
-
-def test_rows_are_scaled_by_openvinos_kernels_alone(demo_bundles: dict[str, Path]) -> None:
-    import openvino
-
-    for precision, layers in (("fp32", 0), ("int8", 6 * 4 + 2)):  # qkv, proj, fc1, fc2 of six blocks; the merger's two
-        model = openvino.Core().read_model(str(demo_bundles[precision] / "vision.onnx"))
-        assert without_row_scales(model) == layers
-        assert not layers or not {"Divide", "ReduceMax"} & {op.get_type_name() for op in model.get_ordered_ops()}
 
 
 def test_verify_and_run_on_it(demo_bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.export.plan_lint import lint_decoder_plan, lint_graph, lint_vision_plan, read_programs
-from edgevl.export.tensorrt_build import BuildOptions, Limits, _Build, decoder_profiles
+from edgevl.export.plan_profiles import Limits, decoder_profiles
+from edgevl.export.tensorrt_build import BuildOptions, _Build
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.errors import EngineError
 from edgevl.runtime.plans import PlanProfile, ShapeRange

@@ -15,7 +15,8 @@ from host_memory import HostCuda, HostStream, OrtContext
 from PIL import Image
 
 from edgevl.export.exporter import ExportOptions, export_bundle
-from edgevl.export.tensorrt_build import BuildOptions, _limits, decoder_profiles, vision_profile
+from edgevl.export.plan_profiles import decoder_profiles, plan_limits, vision_profile
+from edgevl.export.tensorrt_build import BuildOptions
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.device_cache import BufferPool, DeviceKVCache
 from edgevl.runtime.device_tensor import DeviceTensor
@@ -33,7 +34,7 @@ CAPACITY = 320
 
 def plan_set(bundle: Bundle, **changes: Any) -> PlanSet:
     """What `edgevl build --profile rows=3,prefill=24,frames=2` describes, without the plans themselves."""
-    limits = _limits(bundle, BuildOptions(rows=3, prefill=24, frames=2))
+    limits = plan_limits(bundle, BuildOptions(rows=3, prefill=24, frames=2))
     graphs = bundle.graphs
     profiles = {
         "vision": (vision_profile(graphs["vision"].spec, limits),),
