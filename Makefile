@@ -54,6 +54,10 @@ bench: $(VENV)/.ready
 
 # An environment for every other program (llama.cpp is compiled: minutes); then `make bench PEERS=all`.
 PEER_NAMES = openvino_genai llama_cpp mnn onnxruntime_genai
+# GCC 12 drops what llama.cpp writes for the configuration of tiles (AMX), and its first product crashes.
+ifneq ($(shell grep -s -m 1 amx_tile /proc/cpuinfo),)
+.venv-peers/llama_cpp/.ready: export CMAKE_ARGS = -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse -fno-tree-sra'
+endif
 peers: $(VENV)/.ready $(PEER_NAMES:%=.venv-peers/%/.ready)
 .venv-peers/%/.ready: benchmarks/peers/%.py
 	$(PYTHON) -m venv $(@D)

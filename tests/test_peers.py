@@ -15,7 +15,7 @@ from PIL import Image
 from edgevl.benchmarks.peers import run, worker
 from edgevl.benchmarks.peers.contract import Answer, Measured, Request, Unsupported
 from edgevl.benchmarks.peers.table import Row, ratios, spread, tables
-from edgevl.benchmarks.turns import in_turn
+from edgevl.benchmarks.turns import environment, in_turn
 from edgevl.benchmarks.workloads import Workload
 
 HEAD = {
@@ -64,6 +64,13 @@ def test_a_line_that_was_cut_off_is_told(tmp_path: Path) -> None:
 def test_every_round_begins_with_another() -> None:
     assert [in_turn("abc", n) for n in (0, 1, 2, 3)] == [list("abc"), list("bca"), list("cab"), list("abc")]
     assert in_turn([], 1) == []
+
+
+def test_every_process_gets_huge_pages_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert environment(3).items() >= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_NUM_THREADS": "3"}.items()
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert environment(3)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
 
 
 class Scripted:
