@@ -121,7 +121,8 @@ def _line(row: Row, base: Row) -> tuple[str, ...]:
     worst = min(zip(scores, summarize(base.answered)), key=lambda pair: pair[0].right - pair[1].right)
     lost = sum(b.score.correct and not a.score.correct for a, b in zip(row.answered, base.answered))
     won = sum(a.score.correct and not b.score.correct for a, b in zip(row.answered, base.answered))
-    kl, top1 = ("" if row.kl is None else f"{row.kl:.4f}"), ("" if row.top1 is None else f"{row.top1:.1%}")
+    kl = "" if row.kl is None else f"{row.kl:.4f}" if row.kl >= 1e-4 else f"{row.kl:.1e}"
+    top1 = "" if row.top1 is None else f"{row.top1:.1%}"
     drop = 100 * (worst[0].right - worst[1].right)
     changed = "" if row is base else f"+{won} −{lost}"
     most = "" if row is base else f"{worst[0].task} {drop:+.1f}"

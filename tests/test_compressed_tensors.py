@@ -22,7 +22,7 @@ pytest.importorskip("compressed_tensors")
     [("w8a8", "none", 28), ("w8a8-static", "none", 28), ("rtn-int4", "int8", 28 + 26)],
 )
 def test_others_read_what_we_write(tmp_path: Path, name: str, vision: str, layers: int) -> None:
-    held_out = demo_samples(3, "test")
+    held_out = demo_samples(8, "test")
     report = quantize_checkpoint(DEMO, tmp_path / "q", recipe(name, vision=vision), demo_samples(4), held_out)
     theirs = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "q", dtype=torch.float32).eval()
     assert sum(hasattr(m, "quantization_scheme") for m in theirs.modules()) == layers
@@ -31,9 +31,9 @@ def test_others_read_what_we_write(tmp_path: Path, name: str, vision: str, layer
         wanted = torch.from_numpy(~sample.visual)
         total.add(*(logits_of(m, sample)[wanted] for m in (plain, theirs)))
     assert report.divergence is not None and report.divergence.tokens == total.result().tokens
-    # Their int8 per token spans -128 .. 127 of another step than our kernel's, so single codes differ: of a KL this
-    # small, over three samples, that is up to a half on processors that add in another order.
-    assert report.divergence.kl == pytest.approx(total.result().kl, rel=0.6 if name == "w8a8" else 0.1)
+    # Their int8 per token spans -128 .. 127 of another step than our kernel's, so single codes differ: over three
+    # samples that was half of the KL on one processor, over eight a quarter.
+    assert report.divergence.kl == pytest.approx(total.result().kl, rel=0.5 if name == "w8a8" else 0.1)
 
 
 def test_factors_that_others_do_not_know_are_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_table(tmp_path: Path) -> None:
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:7]]
     assert [row[0] for row in cells] == ["fp32", "rtn-int4", "hybrid", "w8a8", "none+int8"]
     kl = [float(row[3]) for row in cells[1:]]
-    assert kl[0] > kl[1] > kl[2] >= 0 and kl[0] > kl[3] > 0 and "48 cases" in done.output  # w8a8: under 0.0001
+    assert kl[0] > kl[1] > kl[2] > 0 and kl[0] > kl[3] > 0 and "48 cases" in done.output
     assert float(cells[2][2]) > float(cells[1][2])  # hybrid holds the decoder twice
     speeds = [row[8:] for row in cells]
     assert speeds[0] == ["", "", ""] and speeds[4][1:] == ["", ""]

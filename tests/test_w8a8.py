@@ -240,8 +240,13 @@ def by_name(report: QuantizeReport) -> dict[str, LayerReport]:
     return {r.name: r for r in report.layers}
 
 
-def test_scales_are_the_largest_inputs_that_transformers_sees(static: QuantizeReport, samples: list[Sample]) -> None:
-    """Block after block: the inputs of the original block behind the quantized ones, divided by the factors."""
+def test_scales_are_the_largest_inputs_that_transformers_sees(
+    samples: list[Sample], held_out: list[Sample], tmp_path: Path
+) -> None:
+    """Block after block: the inputs of the original block behind the quantized ones, divided by the factors. Over two
+    samples: the more tokens, the more single numbers round the other way on some processor."""
+    samples = samples[:2]
+    static = quantize_checkpoint(DEMO, tmp_path / "q", STATIC, samples, held_out)
     model, tensors, reports = original(), tensors_of(static.output), by_name(static)
     names = set()
     for block in blocks_of(model):
@@ -250,8 +255,8 @@ def test_scales_are_the_largest_inputs_that_transformers_sees(static: QuantizeRe
         weights = weights_of(module)
         alpha = STATIC.alpha if name.startswith("model.") else STATIC.vision_alpha
         found = smooth_block(weights, seen, points, Int8Scheme("tensor", alpha))
-        # Later on, single numbers that round the other way move the largest ones, by 3 % on some processors.
-        tolerance = 1e-5 if name == "visual.blocks.0" else 0.05
+        # Later on, single numbers that round the other way move the largest ones by thousandths.
+        tolerance = 1e-5 if name == "visual.blocks.0" else 0.02
         for point, layers in points.groups.items():
             factors, ranges = found[point].factors, seen.ranges[point]
             assert factors is not None
