@@ -99,7 +99,9 @@ def _logits(
         "total_sequence_length": np.array([len(ids)], np.int32),
         "logits_rows": np.flatnonzero(~visual),
     }
-    return graph.run(feeds, KVCache(graph.spec, len(ids)).view(0, 1))["logits"]
+    cache = KVCache(graph.spec, len(ids))
+    cache.reserve(0, len(ids))
+    return graph.run(feeds, cache.view(0, 1))["logits"]
 
 
 def divergence(

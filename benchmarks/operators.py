@@ -24,6 +24,7 @@ from edgevl.runtime.ort_engine import OrtEngine, OrtGraph
 __all__ = ["Operator", "operator_shares", "operator_table", "read_trace"]
 
 _KERNEL = "_kernel_time"
+_BRANCHES = "If"  # its own time is that of the nodes in its branch, which the trace has too
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def read_trace(path: Path, runs: int, skip: int = 0) -> list[Operator]:
     stop = sorted(ends)[skip + runs - 1]
     spent: dict[str, list[float]] = defaultdict(list)
     for e in events:
-        if e.get("cat") == "Node" and e["name"].endswith(_KERNEL) and begun <= e["ts"] < stop:
+        is_kernel = e.get("cat") == "Node" and e["name"].endswith(_KERNEL) and e["args"]["op_name"] != _BRANCHES
+        if is_kernel and begun <= e["ts"] < stop:
             spent[e["args"]["op_name"]].append(e["dur"] / 1e3)
     total = sum(map(sum, spent.values()))
     found = [Operator(n, len(v) / runs, sum(v) / runs, sum(v) / total) for n, v in spent.items()]

@@ -34,6 +34,7 @@ class CudaDialect(OrtDialect):
     """Implements edgevl.export.dialect.Dialect for one graph."""
 
     opset, ir_version = 20, 9
+    has_steps = False  # its kernel has them
 
     def __init__(
         self, spec: GraphSpec, config: ModelConfig, checkpoint: Checkpoint, data: DataFile, precision: Precision

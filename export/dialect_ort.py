@@ -4,7 +4,8 @@ Keeps to what ONNX Runtime 1.23 runs, the newest for Python 3.10 and so for JetP
 figures, are in benchmarks/LOG.md; in short: MatMulNBits with accuracy_level 4 for weight-only layers;
 DynamicQuantizeMatMul over rows scaled to [-1, 1] for W8A8, which makes the per-tensor kernel per token (down_proj has
 zero points per token beside it), and QuantizeLinear with MatMulIntegerToFloat where a checkpoint brings static scales;
-GroupQueryAttention without its own rotary, because its rotary knows one table per batch and M-RoPE needs one per row.
+GroupQueryAttention without its own rotary, because its rotary knows one table per batch and M-RoPE needs one per row;
+a step of one token goes past it (`edgevl.export.step_attention`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import onnx_ir as ir
 
 from edgevl.export.graph import MICROSOFT, DataFile, GraphBuilder
 from edgevl.export.precision import Precision
+from edgevl.export.step_attention import StepAttention
 from edgevl.export.weights import BlockWeights, WeightStore
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.config import ModelConfig
@@ -38,6 +40,7 @@ class OrtDialect:
 
     opset, ir_version = OPSET, IR_VERSION
     narrows_last_layer = True
+    has_steps = True  # attention of one new token by a way of its own, see StepAttention
 
     def __init__(
         self, spec: GraphSpec, config: ModelConfig, checkpoint: Checkpoint, data: DataFile, precision: Precision
@@ -46,6 +49,7 @@ class OrtDialect:
         self._config = config
         self._precision = precision
         self._weights = WeightStore(checkpoint, self.builder, precision.dtype)
+        self._step: StepAttention | None = None
         self._scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self._coded: dict[tuple[ir.Value, float], ir.Value] = {}
         self._ordered: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
@@ -243,6 +247,24 @@ class OrtDialect:
         q, k = self._rotate(q, t.num_attention_heads), self._rotate(k, t.num_key_value_heads)
         names = [pattern.format(kind="{kind}", layer=layer) for pattern in (CACHE_KEY, CACHE_VALUE)]
         past = [self.input(n.format(kind="past")) for n in names]
+        step = self._steps_apart
+        if step is None:
+            y, *present = self._prompt_attention(q, k, v, past, layer)
+        else:
+            y, *present = self.builder.either(
+                step.applies,
+                lambda: step.write(q, k, v, *past),
+                lambda: self._prompt_attention(q, k, v, past, layer),
+            )
+        for name, value in zip(names, present):
+            self.output(name.format(kind="present"), value)
+        return y
+
+    def _prompt_attention(
+        self, q: ir.Value, k: ir.Value, v: ir.Value, past: Sequence[ir.Value], layer: int
+    ) -> Sequence[ir.Value]:
+        """(attention, keys and values with the new ones in them), for any number of new tokens."""
+        t = self._config.text
         lengths = [self.input("seqlens_k"), self.input("total_sequence_length")]
         attributes: dict[str, Any] = {
             "num_heads": t.num_attention_heads,
@@ -255,10 +277,15 @@ class OrtDialect:
             attributes |= {"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
             # Five inputs are left out: rotary tables, positions, a bias, sinks.
             inputs += [None] * 5 + [self._weights.cache_scale(layer, kind) for kind in "kv"]
-        y, *present = self.builder.op("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, outputs=3)
-        for name, value in zip(names, present):
-            self.output(name.format(kind="present"), value)
-        return y
+        return self.builder.op("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, outputs=3)
+
+    @property
+    def _steps_apart(self) -> StepAttention | None:
+        """Of a graph that decodes."""
+        plain = self._precision.dtype == "float32" and self._precision.cache != "int8"
+        if self._step is None and self.has_steps and plain and self.builder.spec.name == "decoder":
+            self._step = StepAttention(self.builder, self._config.text)
+        return self._step
 
     def frame_attention(self, x: ir.Value, qkv: str) -> ir.Value:
         vision = self._config.vision

@@ -122,6 +122,7 @@ class GraphBuilder:
         self.data = data
         self._opset, self._ir_version = opset, ir_version
         self._nodes: list[ir.Node] = []
+        self._microsoft = False
         self._initializers: dict[str, ir.Value] = {}
         self._counts: dict[str, int] = {}
         self._inputs = {
@@ -161,7 +162,32 @@ class GraphBuilder:
         for i, value in enumerate(node.outputs):
             value.name = f"{name}_{i}" if outputs > 1 else name
         self._nodes.append(node)
+        self._microsoft |= domain == MICROSOFT
         return node.outputs if outputs > 1 else node.outputs[0]
+
+    def either(
+        self,
+        condition: ir.Value,
+        then: Callable[[], Sequence[ir.Value]],
+        otherwise: Callable[[], Sequence[ir.Value]],
+    ) -> tuple[ir.Value, ...]:
+        """What `then` gives where the condition (bool, one element) holds, else what `otherwise` gives: as many values.
+
+        Both append their nodes to a branch of their own. They may use all values declared before, but nothing declared
+        in a branch is known outside of it.
+        """
+        branches = {"then_branch": self._branch(then), "else_branch": self._branch(otherwise)}
+        outputs = len(branches["then_branch"].outputs)
+        return self.op("If", [condition], branches, outputs=outputs)
+
+    def _branch(self, write: Callable[[], Sequence[ir.Value]]) -> ir.Graph:
+        outside, self._nodes = self._nodes, []
+        try:
+            values = write()
+            name = f"branch_{self._nodes[-1].name}"
+            return ir.Graph([], list(values), nodes=self._nodes, name=name)
+        finally:
+            self._nodes = outside
 
     def constant(self, key: str, array: np.ndarray) -> ir.Value:
         """A small tensor kept inside the model file, shared by all who ask for `key`."""
@@ -207,13 +233,10 @@ class GraphBuilder:
             [self._outputs[t.name] for t in self.spec.outputs],
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": self._opset, MICROSOFT: 1} if self._uses_microsoft() else {"": self._opset},
+            opset_imports={"": self._opset, MICROSOFT: 1} if self._microsoft else {"": self._opset},
             name=self.spec.name,
         )
         ir.save(ir.Model(graph, ir_version=self._ir_version, producer_name="edgevl"), path)
-
-    def _uses_microsoft(self) -> bool:
-        return any(node.domain == MICROSOFT for node in self._nodes)
 
     def _register(self, key: str, tensor: ir.TensorProtocol) -> None:
         self._initializers[key] = ir.Value(

@@ -1,7 +1,9 @@
 """The KV cache: one buffer per layer and kind, of fixed capacity, written in place by the decoder graph.
 
-Host memory, allocated lazily by the operating system: an unused capacity costs address space, not memory. It knows
-rows and lengths, not tokens: whoever rewinds it must know which tokens the remaining length stands for.
+Host memory, allocated lazily by the operating system: an unused capacity costs address space, not memory. Heads lie as
+close together as their tokens allow, and are moved apart when more come: a graph's step of one token goes over all the
+room that a head has. It knows rows and lengths, not tokens: whoever rewinds it must know which tokens the remaining
+length stands for.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from edgevl.runtime.graph_spec import GraphSpec
 
 __all__ = ["CacheView", "KVCache", "check_capacity"]
 
+_STEP = 64  # tokens by which a head's room grows: moving costs a few hundredths of what attention reads meanwhile
+
 
 @dataclass(frozen=True)
 class CacheView:
-    """Contiguous rows of a cache, as the graph sees them: {past input name: [rows, kv_heads, capacity, d]}, arrays or,
-    from a DeviceKVCache, device tensors."""
+    """Contiguous rows of a cache, as the graph sees them: {past input name: [rows, kv_heads, room, d]}, arrays or, from
+    a DeviceKVCache, device tensors. Good until more tokens are reserved."""
 
     buffers: dict[str, Any]
 
@@ -42,12 +46,16 @@ class KVCache:
         self._spec = spec
         self.capacity = capacity
         self.lengths = np.zeros(batch, np.int64)
-        self._buffers: dict[str, Any] = {}
+        self._memory: dict[str, np.ndarray] = {}  # flat
+        self._buffers: dict[str, Any] = {}  # the same, [batch, kv_heads, room, d]
         check_capacity(spec, capacity)
+        fixed = isinstance(spec.input(spec.cache[0][0]).shape[2], int)
         for past, _ in spec.cache:
             tensor = spec.input(past)
             _, heads, _, dim = tensor.shape
-            self._buffers[past] = _zeros((batch, int(heads), capacity, int(dim)), np.dtype(tensor.dtype))
+            self._memory[past] = _zeros(batch * int(heads) * capacity * int(dim), np.dtype(tensor.dtype))
+            room = capacity if fixed else min(capacity, _STEP)
+            self._buffers[past] = self._laid(past, (batch, int(heads), room, int(dim)))
 
     @property
     def batch(self) -> int:
@@ -56,22 +64,39 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Size of the full capacity in bytes (only touched pages are resident)."""
-        return sum(b.nbytes for b in self._buffers.values())
+        return sum(b.nbytes // b.shape[2] * self.capacity for b in self._buffers.values())
 
     def view(self, start: int, stop: int) -> CacheView:
         """Rows [start, stop) as one contiguous batch, sharing memory with the cache."""
         return CacheView({name: b[start:stop] for name, b in self._buffers.items()})
 
     def reserve(self, row: int, count: int) -> None:
-        """Check that `count` more tokens fit into `row`.
+        """Make room for `count` more tokens in `row`.
 
         Raises:
-            CapacityError: they do not.
+            CapacityError: they do not fit.
         """
-        if self.lengths[row] + count > self.capacity:
-            raise CapacityError(
-                f"{int(self.lengths[row]) + count} tokens are needed, the KV cache holds {self.capacity}"
-            )
+        needed = int(self.lengths[row]) + count
+        if needed > self.capacity:
+            raise CapacityError(f"{needed} tokens are needed, the KV cache holds {self.capacity}")
+        self._widen(needed)
+
+    def _widen(self, tokens: int) -> None:
+        """Move heads apart until each has room for so many tokens."""
+        for name, narrow in self._buffers.items():
+            batch, heads, room, dim = narrow.shape
+            if tokens <= room:
+                return
+            wide = self._laid(name, (batch, heads, min(self.capacity, -(-tokens // _STEP) * _STEP), dim))
+            # The last first: where a head goes, no head before it lies. numpy minds that a head overlaps itself.
+            for row in reversed(range(batch)):
+                used = int(self.lengths[row])
+                for head in reversed(range(heads)):
+                    wide[row, head, :used] = narrow[row, head, :used]
+            self._buffers[name] = wide
+
+    def _laid(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        return self._memory[name][: math.prod(shape)].reshape(shape)
 
     def advance(self, row: int, count: int) -> None:
         """Count `count` tokens that the graph has written to `row`."""
@@ -114,6 +139,7 @@ class KVCache:
         """An independent copy; only the used part is copied."""
         other = KVCache(self._spec, self.capacity, self.batch)
         used = int(self.lengths.max())
+        other._widen(used)
         for name, b in self._buffers.items():
             other._buffers[name][:, :, :used] = b[:, :, :used]
         other.lengths[:] = self.lengths
@@ -130,8 +156,7 @@ def check_capacity(spec: GraphSpec, capacity: int) -> None:
         )
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _zeros(count: int, dtype: np.dtype) -> np.ndarray:
     """Zeros whose pages the system gives one by one. numpy asks for huge pages, which makes the first token of every
     head resident with 2 MB: 224 MB for 300 tokens of a 2B model."""
-    count = math.prod(shape)
-    return np.frombuffer(mmap.mmap(-1, max(1, count * dtype.itemsize)), dtype, count).reshape(shape)
+    return np.frombuffer(mmap.mmap(-1, max(1, count * dtype.itemsize)), dtype, count)
