@@ -32,6 +32,7 @@ LEAST_ONNXRUNTIME = "1.23"
 # By the dtype of the graph; the release before each loads such a graph and fails as it runs.
 LEAST_ONNXRUNTIME_INT8_CACHE = {"float32": "1.27", "float16": "1.29"}
 _INT8_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations rounded to int8 per row and block in the kernel
+_QUICK_GELU_LEAST = -0.163611  # x sigmoid(1.702 x) at x = -0.7512
 _TINY = np.array(1e-30, np.float32)  # an all-zero row divided by its largest entry would be NaN
 
 
@@ -50,6 +51,7 @@ class OrtDialect:
         self._precision = precision
         self._weights = WeightStore(checkpoint, self.builder, precision.dtype)
         self._step: StepAttention | None = None
+        self._least: dict[ir.Value, float] = {}  # what no entry of a value is under
         self._scaled: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self._coded: dict[tuple[ir.Value, float], ir.Value] = {}
         self._ordered: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
@@ -215,8 +217,13 @@ class OrtDialect:
         """(x with every row divided by its largest magnitude, that magnitude), shared by layers over one input."""
         if x not in self._scaled:
             last = self.builder.constant("axis_last", np.array([-1], np.int64))
-            largest = self.builder.op("ReduceMax", [self.builder.op("Abs", [x]), last], {"keepdims": 1})
-            largest = self.builder.op("Max", [largest, self.builder.constant("tiny", _TINY)])
+            least = self._least.get(x)
+            if least is None:
+                magnitudes, floor = self.builder.op("Abs", [x]), self.builder.constant("tiny", _TINY)
+            else:  # the most negative entry is known, which spares a pass
+                magnitudes, floor = x, self.builder.constant(f"float32_{-least!r}", np.array(-least, np.float32))
+            largest = self.builder.op("ReduceMax", [magnitudes, last], {"keepdims": 1})
+            largest = self.builder.op("Max", [largest, floor])
             self._scaled[x] = (self.builder.op("Div", [x, largest]), largest)
         return self._scaled[x]
 
@@ -231,7 +238,9 @@ class OrtDialect:
         return self.builder.op("LayerNormalization", [x, weight, bias], {"axis": -1, "epsilon": epsilon})
 
     def quick_gelu(self, x: ir.Value) -> ir.Value:
-        return self.builder.op("QuickGelu", [x], {"alpha": 1.702}, domain=MICROSOFT)
+        y = self.builder.op("QuickGelu", [x], {"alpha": 1.702}, domain=MICROSOFT)
+        self._least[y] = _QUICK_GELU_LEAST
+        return y
 
     def gelu(self, x: ir.Value) -> ir.Value:
         return self.builder.op("Gelu", [x])
