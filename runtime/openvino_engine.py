@@ -1,11 +1,11 @@
 """OpenVINO for the vision encoder and for prompts, ONNX Runtime for the rest: one bundle of `--target cpu`.
 
-OpenVINO reads the encoder's ONNX graph as it is. It has attention in bfloat16 where the processor multiplies that
-(AVX512-BF16, AMX), which large pictures are bound by, and its int8 kernels round activations as they come, or multiply
-them on tiles (AMX, `edgevl.runtime.openvino_rewrite`). Prompts have a graph of their own over the decoder's weights
-(`edgevl.export.dialect_openvino`), which takes nearly half of ONNX Runtime's time there; a second packed copy of the
-layers, without the head, is what it costs. Over W8A8 weights it is used where there are tiles: it takes the place of
-`hybrid`'s own graph for prompts then.
+OpenVINO reads the encoder's ONNX graph as it is. It has attention in bfloat16 where the processor multiplies that fast
+(AMX, AMD's AVX512-BF16), which large pictures are bound by, and its int8 kernels round activations as they come, or
+multiply them on tiles (AMX, `edgevl.runtime.openvino_rewrite`). Prompts have a graph of their own over the decoder's
+weights (`edgevl.export.dialect_openvino`), which takes nearly half of ONNX Runtime's time there; a second packed copy
+of the layers, without the head, is what it costs. Over W8A8 weights it is used where there are tiles: it takes the
+place of `hybrid`'s own graph for prompts then.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from edgevl.runtime.openvino_rewrite import (
     has_int8_tiles,
     join_transposes,
     round_rows,
+    slow_bfloat16,
     without_row_scales,
 )
 from edgevl.runtime.ort_engine import OrtEngine, check_signature, release_weight_files
@@ -43,7 +44,9 @@ __all__ = [
 
 LEAST_OPENVINO = "2026.4"  # 2025.4 crashes on the encoder; nothing between was tried
 _FEWEST_TOKENS = 32  # below, a pass through ONNX Runtime's decoder is faster
-_WEIGHT_GROUP = 128  # activations of a weight-only layer that share a scale; finer is slower
+# Activations that share a scale: of a weight-only layer, finer is slower; of the encoder, coarser is a sixth slower on
+# some processors (VNNI at full width, float32 attention) and 2 % faster on others.
+_WEIGHT_GROUP, _VISION_GROUP = 128, 256
 
 
 def openvino_version() -> str:
@@ -71,8 +74,7 @@ class OpenVinoGraph:
     """A graph without a KV cache of its own, compiled for the CPU.
 
     Args:
-        group: inputs of a quantized layer that share an activation scale; for W8A8 the width of the layers' rows makes
-            it one scale per token, as in the ONNX Runtime dialect. Without meaning where products are in tiles.
+        group: inputs of a quantized layer that share an activation scale. Without meaning where products are in tiles.
         tiles: products of int8 by int8, for the processor's tiles; by default where it has them.
     """
 
@@ -85,6 +87,8 @@ class OpenVinoGraph:
             "NUM_STREAMS": 1,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
         }
+        if slow_bfloat16():
+            settings["INFERENCE_PRECISION_HINT"] = "f32"
         try:
             core = openvino.Core()
             model = core.read_model(str(path))
@@ -193,7 +197,8 @@ class OpenVinoEngine(OrtEngine):
     def _open_encoder(self, bundle: Bundle, threads: int) -> OpenVinoGraph:
         """The encoder, its weights packed and their file's pages given back before the decoder's come into memory."""
         graph, vision = bundle.graphs["vision"], bundle.model.vision
-        opened = OpenVinoGraph(bundle.path(graph.file), graph.spec, threads, vision.embed_dim)
+        group = _VISION_GROUP if vision.embed_dim % _VISION_GROUP == 0 else vision.embed_dim
+        opened = OpenVinoGraph(bundle.path(graph.file), graph.spec, threads, group)
         opened.repack(patches=vision.spatial_merge_size**2)
         release_weight_files(bundle)
         return opened

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgevl.runtime.doctor import cpu_flags
+from edgevl.runtime.doctor import cpu_flags, cpu_model
 
-__all__ = ["has_int8_tiles", "join_transposes", "round_rows", "without_row_scales"]
+__all__ = ["has_int8_tiles", "join_transposes", "round_rows", "slow_bfloat16", "without_row_scales"]
 
 _LEVELS = 255  # -127 to 127
 
@@ -24,6 +24,13 @@ _LEVELS = 255  # -127 to 127
 def has_int8_tiles() -> bool:
     """Whether this processor multiplies int8 in tiles (AMX)."""
     return "amx_int8" in cpu_flags()
+
+
+def slow_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 more slowly than float32: Intel's AVX512-BF16 does, where there is no
+    AMX (or a virtual machine hides it)."""
+    flags = cpu_flags()
+    return "avx512_bf16" in flags and "amx_bf16" not in flags and "intel" in cpu_model().lower()
 
 
 class _Scaled(NamedTuple):

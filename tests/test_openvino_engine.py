@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 from conftest import Pair
 from PIL import Image
@@ -75,6 +76,16 @@ def test_int8_costs_what_it_costs_on_onnx_runtime(
     onnxruntime = relative(embeds["int8", "ort-cpu"], reference)
     assert onnxruntime > 0
     assert relative(embeds["int8", "openvino"], reference) < 1.5 * onnxruntime
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_no_bfloat16_where_it_is_slow(tiny: Pair, monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+    monkeypatch.setattr(openvino_engine, "slow_bfloat16", lambda: slow)
+    bundle = Bundle.open(tiny.bundle)
+    graph = bundle.graphs["vision"]
+    used = OpenVinoGraph(bundle.path(graph.file), graph.spec, 1, 32)._compiled.get_property("INFERENCE_PRECISION_HINT")
+    default = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT")
+    assert used == (openvino.Type.f32 if slow else default)
 
 
 def test_verify_and_run_on_it(demo_bundles: dict[str, Path], tmp_path: Path) -> None:

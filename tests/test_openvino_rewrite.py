@@ -11,7 +11,13 @@ import pytest
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.runtime import openvino_rewrite
 from edgevl.runtime.doctor import cpu_flags
-from edgevl.runtime.openvino_rewrite import has_int8_tiles, join_transposes, round_rows, without_row_scales
+from edgevl.runtime.openvino_rewrite import (
+    has_int8_tiles,
+    join_transposes,
+    round_rows,
+    slow_bfloat16,
+    without_row_scales,
+)
 
 openvino = pytest.importorskip("openvino")
 
@@ -156,3 +162,20 @@ def test_other_transposes_stay(heads: int, order: list[int]) -> None:
 def test_who_has_tiles(monkeypatch: pytest.MonkeyPatch, flags: list[str], has: bool) -> None:
     monkeypatch.setattr(openvino_rewrite, "cpu_flags", lambda: flags)
     assert has_int8_tiles() == has
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "slow"),
+    [
+        ("Intel(R) Xeon(R) Processor", ["avx512_vnni", "avx512_bf16"], True),
+        ("Intel(R) Xeon(R) Processor", ["avx512_bf16", "amx_int8", "amx_bf16"], False),
+        ("Intel(R) Xeon(R) Platinum 8275CL CPU", ["avx512_vnni"], False),  # float32 anyway
+        ("AMD EPYC", ["avx512_vnni", "avx512_bf16"], False),
+    ],
+)
+def test_who_multiplies_bfloat16_slowly(
+    monkeypatch: pytest.MonkeyPatch, model: str, flags: list[str], slow: bool
+) -> None:
+    monkeypatch.setattr(openvino_rewrite, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(openvino_rewrite, "cpu_model", lambda: model)
+    assert slow_bfloat16() == slow
