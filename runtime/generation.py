@@ -186,10 +186,14 @@ class VisionLanguageModel:
 
     # ------------------------------------------------------------------ requests
 
-    def encode_image(self, image: Any, min_pixels: int | None = None, max_pixels: int | None = None) -> EncodedImage:
+    def encode_image(
+        self, image: Any, min_pixels: int | None = None, max_pixels: int | None = None, **options: Any
+    ) -> EncodedImage:
         """Run a picture (path, PIL image, array, bytes) through the vision encoder; the result may stand for it in
-        messages, so that asking twice about one picture encodes it once."""
-        return self._vision.encode(VisionInput("image", image, {"min_pixels": min_pixels, "max_pixels": max_pixels}))
+        messages, so that asking twice about one picture encodes it once. `options`: resized_height and resized_width.
+        """
+        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        return self._vision.encode(VisionInput("image", image, {**limits, **options}))
 
     def encode_video(self, video: Any, max_tokens: int | None = None, **options: Any) -> EncodedImage:
         """Like `encode_image`, for a video: a file, an animation, a folder of frames or a list of pictures.

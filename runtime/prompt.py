@@ -26,8 +26,9 @@ from edgevl.runtime.tokenizer import Tokenizer
 __all__ = ["ChatTemplate", "Prompt", "PromptBuilder", "VisionInput", "collect_vision", "load_chat_template"]
 
 ROLES = ("system", "user", "assistant")
-# Where an item may name its picture or video: the first three as in qwen_vl_utils, the others as in transformers.
-_SOURCE_KEYS = {"image": "image", "image_url": "image", "video": "video", "url": None, "path": None}
+# Where an item may name its picture or video: the first three as in qwen_vl_utils, the others as in transformers
+# (processing_utils.py, apply_chat_template); None: of either.
+_SOURCE_KEYS = {"image": "image", "image_url": "image", "video": "video", "base64": "image", "url": None, "path": None}
 # Settings of one picture or video, as in qwen_vl_utils; handed on to whoever loads it.
 _OPTIONS = (
     *("min_pixels", "max_pixels", "resized_height", "resized_width"),
@@ -324,10 +325,19 @@ def _parse_item(item: Any, where: str) -> str | VisionInput:
         source = source["url"]
     if source is None:
         raise InputError(f"{where}: {sources[0]} is None, expected a path, URL, bytes, picture or array")
+    if sources[0] == "base64":
+        source = _data_url(source, where)
     unknown = sorted(set(item) - {"type", sources[0], *_OPTIONS})
     if unknown:
         raise InputError(f"{where}: unknown settings {unknown}, expected some of {', '.join(_OPTIONS)}")
     return VisionInput(kind, source, {k: item[k] for k in _OPTIONS if item.get(k) is not None})
+
+
+def _data_url(source: Any, where: str) -> str:
+    """A picture file in base64 as a data: URL, which has its checks and limits; transformers takes whole URLs too."""
+    if not isinstance(source, str):
+        raise InputError(f"{where}: base64 is a {type(source).__name__}, expected the picture file in base64, a string")
+    return source if source[:5].lower() == "data:" else f"data:;base64,{source}"
 
 
 def _count(kinds: Any) -> str:
