@@ -26,6 +26,7 @@ from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.commands import note
 from edgevl.runtime.engine import ENGINES, usable_cores
 from edgevl.runtime.errors import EdgeVLError, InputError
+from edgevl.runtime.output_file import check_output_file, write_output
 
 __all__ = ["bench"]
 
@@ -91,8 +92,9 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
         Bundle.open(bundle)
     if options["engine"] not in (*ENGINES, "auto"):
         raise InputError(f"engine {options['engine']!r} is unknown; expected auto, {', '.join(ENGINES)}")
-    for key in ("json_path", "report"):
-        _check_output(options[key])
+    for key, what in (("json_path", "a file of JSON lines"), ("report", "an HTML file")):
+        if options[key] is not None:
+            check_output_file(options[key], what)
     divergences = _divergences(options["fidelity"], bundles)
     threads = options["threads"] or usable_cores()
     if options["operators"]:
@@ -115,15 +117,13 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     head = {"schema": SCHEMA, "date": date, "system": system, "checkpoint": options["kind"]}
     cases = [{**head, **_case(job, rounds, ceilings)} for job, rounds in zip(jobs, measured)]
-    print_table(cases)
-    if options["json_path"]:
+    # The files first: what was measured must not be lost to a terminal.
+    if options["json_path"] is not None:
         write_lines(Path(options["json_path"]), cases)
-    if options["report"]:
-        path = Path(options["report"])
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(html_page(cases, divergences), encoding="utf-8")
-        partial.replace(path)
-        note(f"report: {path}")
+    if options["report"] is not None:
+        write_output(options["report"], html_page(cases, divergences))
+        note(f"report: {options['report']}")
+    print_table(cases)
 
 
 def _print_operators(bundles: tuple[str, ...], works: list[Workload], engine: str, threads: int) -> None:
@@ -195,11 +195,6 @@ def _workload(name: str, rate: float | None, options: dict[str, Any]) -> Workloa
         except ValueError:
             raise InputError(f"size {options['size']!r}: expected WIDTHxHEIGHT, such as 448x448") from None
     return workload(name, **changes)
-
-
-def _check_output(path: str | None) -> None:
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise InputError(f"{Path(path).parent}: no such folder; create it, or choose another output")
 
 
 def _run(jobs: list[Job], rounds: int) -> list[list[dict[str, Any]]]:
