@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -303,6 +304,22 @@ def test_the_table_is_on_stdout_and_nothing_else(measured):
     assert "TTFT s" in out and "picture*" in out and "batch-4*: 1 × 56×84, 16 text tokens, 3 new, 4 at once" in out
     assert "ceilings" not in out and "ceilings" in measured[0].stderr
     assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-5"])  # neither has the sign of multiplication
+def test_tables_print_with_any_encoding(measured, encoding):
+    """In a process of its own: the encoding is that of its stdout."""
+    code = (
+        "import sys; from pathlib import Path; from edgevl.runtime.cli import forgive_encodings; forgive_encodings()\n"
+        "from edgevl.benchmarks.report import print_table, read_lines; print_table(read_lines(Path(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, measured[1] / "r.jsonl"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        check=False,
+    )
+    assert done.returncode == 0 and b"TTFT s" in done.stdout and b"16 text tokens" in done.stdout, done.stderr
 
 
 def test_the_page_needs_nothing_beside_it(measured):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from conftest import USABLE, Pair
 from PIL import Image
 
 from edgevl.runtime import cli
+from edgevl.runtime.bundle import Bundle
 
 
 def edgevl(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -166,6 +168,44 @@ def test_broken_pipe_is_quiet(tiny: Pair) -> None:
     command = f"{sys.executable} -m edgevl.runtime inspect {tiny.bundle} | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == "" and done.stdout.startswith("bundle")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("command", ["inspect {bundle}", "inspect {bundle} --json", "run {bundle} hi", "--help"])
+def test_a_full_disk_behind_stdout_is_no_bug(tiny: Pair, command: str) -> None:
+    command = f"{sys.executable} -m edgevl.runtime {command.format(bundle=tiny.bundle)} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert last == (
+        "edgevl: error: standard output or an open file: No space left on device; free some space, or write elsewhere"
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (OSError(errno.EIO, "Input/output error", "x.onnx"), 2, "x.onnx: Input/output error; the machine refused it"),
+        (PermissionError(errno.EACCES, "Permission denied", "t"), 2, "t: Permission denied; the machine refused it"),
+        (MemoryError("Unable to allocate 8 GiB"), 2, "out of memory (Unable to allocate 8 GiB); free some"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "d"), 1, "unexpected IsADirectoryError"),  # ours to foresee
+    ],
+)
+def test_errors_of_the_machine(
+    tiny: Pair,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+    status: int,
+    message: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Bundle, "open", fail)
+    assert cli.run(["inspect", str(tiny.bundle)]) == status
+    err = capfd.readouterr().err
+    assert message in err and err.count("\n") == 1 and ("a bug" in err) == (status == 1)
 
 
 def test_interrupt_is_130(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
