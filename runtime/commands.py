@@ -17,7 +17,15 @@ from edgevl.runtime.engine import ENGINES, GpuOptions, engine_status
 from edgevl.runtime.errors import EdgeVLError, InputError
 from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB
 from edgevl.runtime.results import Completion
-from edgevl.runtime.run_options import budget_options, draw, guide_options, guide_settings, note, within_budget
+from edgevl.runtime.run_options import (
+    budget_options,
+    check_drawing,
+    draw,
+    guide_options,
+    guide_settings,
+    note,
+    within_budget,
+)
 
 __all__ = ["chat", "doctor", "run", "verify"]
 
@@ -190,8 +198,8 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], videos: tuple[str, ..
     """
     from edgevl.runtime.grounding import strip_grounding
 
-    if options["draw_boxes"] is not None and not images:
-        raise InputError("--draw-boxes needs a picture; pass one with --image")
+    if options["draw_boxes"] is not None:
+        check_drawing(images, options["draw_boxes"])
     content = _content(prompt, images, videos, options)
     system = options["system"]
     messages = [{"role": "system", "content": system}] if system is not None else []
