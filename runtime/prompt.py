@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import jinja2
 import jinja2.exceptions
@@ -23,7 +23,15 @@ from edgevl.runtime.errors import CheckpointError, InputError
 from edgevl.runtime.image_processing import VisionGrid
 from edgevl.runtime.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "Prompt", "PromptBuilder", "VisionInput", "collect_vision", "load_chat_template"]
+__all__ = [
+    "ChatTemplate",
+    "Prompt",
+    "PromptBuilder",
+    "VisionInput",
+    "collect_vision",
+    "is_list",
+    "load_chat_template",
+]
 
 ROLES = ("system", "user", "assistant")
 # Where an item may name its picture or video: the first three as in qwen_vl_utils, the others as in transformers
@@ -62,6 +70,11 @@ class Prompt:
     input_ids: NDArray[np.int64]
     grids: tuple[VisionGrid, ...]
     text: str
+
+
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    """A sequence of things; a text or bytes, sequences of their letters, are one thing."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 
 def collect_vision(messages: Any) -> list[VisionInput]:
@@ -269,7 +282,7 @@ class _Shield:
 
 def _parse_messages(messages: Any) -> tuple[list[dict[str, Any]], list[VisionInput], list[str]]:
     """Check messages; give them as the template may see them (no sources), their vision inputs and their texts."""
-    if not isinstance(messages, (list, tuple)):
+    if not is_list(messages):
         raise InputError(f"messages are a {type(messages).__name__}, expected a list of {{'role', 'content'}}")
     if not messages:
         raise InputError("messages are empty, expected at least one {'role': 'user', 'content': ...}")

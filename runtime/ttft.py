@@ -88,7 +88,7 @@ def choose_pixels(
     if not isinstance(budget_s, (int, float)) or isinstance(budget_s, bool) or not 0 < budget_s < math.inf:
         raise InputError(f"ttft_budget_s is {budget_s!r}, expected seconds above 0")
     started = time.perf_counter() if started is None else started
-    items = collect_vision(list(messages))
+    items = collect_vision(messages)
     if not items or any(item.kind != "image" for item in items):
         raise InputError(
             "a budget for the time to first token chooses the size of pictures; "
