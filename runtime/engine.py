@@ -147,6 +147,8 @@ def open_engine(
     """
     if name != "auto" and name not in ENGINES:
         raise EngineError(f"engine {name!r} is unknown; expected auto, {', '.join(ENGINES)}")
+    if threads is not None and threads < 1:  # before `auto` says anything
+        raise InputError(f"threads is {threads}, expected at least 1")
     status = {s.name: s for s in engine_status(bundle)}
     if name == "auto":
         name = _first_usable(bundle, status, notice)

@@ -8,7 +8,6 @@ over a cache that is kept.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevl.runtime.admission import Admission, check_opening
+from edgevl.runtime.admission import Admission, check_opening, check_sizes
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.chat import ChatSession
 from edgevl.runtime.decode_loop import DecodeLoop
@@ -108,18 +107,12 @@ class VisionLanguageModel:
     ) -> None:
         self.bundle, self.engine, self.config = bundle, engine, bundle.model
         self.capacity = bundle.max_tokens if capacity is None else capacity
-        if not 1 <= self.capacity <= self.config.text.max_position_embeddings:
-            raise InputError(
-                f"capacity is {self.capacity}, expected 1 to {self.config.text.max_position_embeddings} tokens"
-            )
+        check_sizes(bundle, self.capacity, prefill_chunk, image_cache_mb, prefix_cache_mb)
         self.prefill_chunk, self._notice, self._closed = prefill_chunk, notice, False
         self.tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
         # Grounding tokens in messages stay tokens: users refer to boxes with them, and earlier answers hold them.
         template = load_chat_template(bundle.folder)
         self._builder = PromptBuilder(self.tokenizer, template, self.config, trusted=(*GROUNDING_TOKENS, *POINT_TOKENS))
-        for name, value in (("image_cache_mb", image_cache_mb), ("prefix_cache_mb", prefix_cache_mb)):
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is {value}, expected 0 (off) or more megabytes")
         self.image_cache = ImageCache(int(image_cache_mb * 1e6))
         self.prefix_cache = PrefixCache(int(prefix_cache_mb * 1e6)) if prefix_cache_mb else None
         self._admission = Admission(bundle, engine.name, prefill_chunk, memory_limit)
@@ -167,6 +160,7 @@ class VisionLanguageModel:
             BundleError, EngineError, InputError: see the classes.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes)
+        check_sizes(opened, capacity, prefill_chunk, image_cache_mb, prefix_cache_mb)
         check_opening(opened, memory_limit)
         runner = open_engine(opened, engine, threads, notice, gpu)
         try:

@@ -10,11 +10,25 @@ from typing import Any
 
 import click
 
+from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.errors import InputError
+from edgevl.runtime.image_loading import check_source
 from edgevl.runtime.output_file import check_output_file, replacing
+from edgevl.runtime.prompt import collect_vision
 from edgevl.runtime.results import Completion
+from edgevl.runtime.tokenizer import check_text
 
-__all__ = ["budget_options", "check_drawing", "draw", "guide_options", "guide_settings", "note", "within_budget"]
+__all__ = [
+    "budget_options",
+    "check_drawing",
+    "check_request",
+    "check_words",
+    "draw",
+    "guide_options",
+    "guide_settings",
+    "note",
+    "within_budget",
+]
 
 _Command = Callable[..., Any]
 
@@ -77,6 +91,30 @@ def within_budget(model: Any, messages: list[dict[str, Any]], options: dict[str,
     choice = model.choose_pixels(messages, parse_seconds(options["ttft_budget"]), options["profile"], started)
     note(f"max_pixels {choice.max_pixels}: first token expected after {choice.predicted_s * 1e3:.0f} ms")
     return choice.messages, started
+
+
+def check_words(prompt: str, system: str | None) -> None:
+    """Refuse a prompt or system prompt that is no text, before the model is opened."""
+    check_text(prompt, "the prompt")
+    if system is not None:
+        check_text(system, "the system prompt")
+
+
+def check_request(messages: list[dict[str, Any]], bundle: Bundle, options: dict[str, Any]) -> None:
+    """What can be known of a request before the model is opened: that its files are there, and its sizes and times in
+    range.
+
+    Raises:
+        InputError: says which is not.
+    """
+    from edgevl.runtime.ttft import parse_seconds
+    from edgevl.runtime.vision import check_options
+
+    for item in collect_vision(messages):
+        check_source(item.source, "picture" if item.kind == "image" else "video", folder=item.kind == "video")
+        check_options(item, bundle.image_processor)
+    if options["ttft_budget"] is not None:
+        parse_seconds(options["ttft_budget"])
 
 
 def check_drawing(images: Sequence[str], output: str) -> None:

@@ -17,6 +17,8 @@ from PIL import Image
 
 from edgevl.runtime import cli
 from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.errors import InputError
+from edgevl.runtime.image_loading import check_source
 
 
 def edgevl(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -128,6 +130,61 @@ def test_bad_input_is_one_line_and_status_2(
     errors = [line for line in err.splitlines() if line.startswith("edgevl: error:")]
     assert len(errors) == 1 and message in errors[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+EARLY = [
+    (["--image", "{tmp}/absent.png"], "absent.png': not found; check the path of the picture"),
+    (["--image", "{tmp}"], "is a folder; expected a picture file"),
+    (["--image", "{photo}/x.png"], "cannot be read (Not a directory); check the path of the picture"),
+    (["--image", "http://x/y.png"], "edgevl fetches nothing"),
+    (["--video", "{tmp}/absent.mp4"], "absent.mp4': not found; check the path of the video"),
+    (["--image", "{photo}", "--max-pixels", "5"], "max_pixels is 5"),
+    (["--image", "{photo}", "--min-pixels", "9000", "--max-pixels", "1000"], "min_pixels is 9000, max_pixels 1000"),
+    (["--image", "{photo}", "--ttft-budget", "soon"], "a time budget of 'soon'"),
+    (["--video", "{tmp}", "--fps", "-1"], "fps is -1.0"),
+    (["--temperature", "-1"], "temperature is -1.0"),
+    (["--top-p", "3"], "top_p is 3.0"),
+    (["--seed", "-1"], "seed is -1"),
+    (["--lookup", "-1"], "lookup_tokens is -1"),
+    (["--stop", ""], "stop is ['']"),
+    (["--system", "\udcff"], "the system prompt holds '\\udcff' at 0, half of a character"),
+    (["--capacity", "0"], "capacity is 0"),
+    (["--threads", "0"], "threads is 0"),
+    (["--prefill-chunk", "0"], "prefill chunk is 0"),
+    (["--image-cache-mb", "-1"], "image_cache_mb is -1.0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), EARLY, ids=[ascii(" ".join(a)) for a, _ in EARLY])
+def test_what_can_be_known_is_told_before_the_model_is_opened(
+    tiny: Pair, tmp_path: Path, photo: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    """With engine auto, whose line would come before the error."""
+    names = {"tmp": tmp_path, "photo": photo}
+    assert cli.run(["run", str(tiny.bundle), "hi", *(a.format(**names) for a in arguments)]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_chat_and_watch_check_first_too(tiny: Pair, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for command in (["chat", str(tiny.bundle)], ["watch", str(tiny.bundle), "x", "--source", str(tmp_path)]):
+        for arguments, message in ((["--top-p", "3"], "top_p is 3.0"), (["--system", "\udcff"], "half of a character")):
+            assert cli.run([*command, *arguments]) == 2
+            err = capfd.readouterr().err
+            assert err.count("\n") == 1 and message in err
+
+
+def test_a_picture_that_may_not_be_read(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read anything
+    with pytest.raises(InputError, match="Permission denied; make it readable for this user"):
+        check_source(str(photo))
+    check_source("data:image/png;base64,AA==")
+
+
+def test_a_picture_from_a_pipe_is_read_once(tiny: Pair, photo: Path) -> None:
+    command = f"{sys.executable} -m edgevl.runtime run {tiny.bundle} hi --image <(cat {photo}) --max-new-tokens 2"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_verify_without_golden_vectors(tiny: Pair) -> None:
