@@ -25,7 +25,7 @@ from edgevl.calibration.scores import check_scoring, parse_min_scores
 from edgevl.calibration.sensitivity import GRANULARITIES
 from edgevl.runtime.commands import note
 from edgevl.runtime.errors import CheckpointError, InputError
-from edgevl.runtime.output_file import check_output_file
+from edgevl.runtime.output_file import check_output_file, replacing
 from edgevl.tasks import TASKS
 
 __all__ = ["fidelity", "measure_options", "progress_bar", "summary", "wanted"]
@@ -138,7 +138,8 @@ def fidelity(original: str, quantized: str, images: str | None, json_path: str |
             given = {"provenance": known, "progress": progress, "notice": note}
             report = measure(original, quantized, samples, asked, scratch, **given)
         if json_path is not None:
-            write_report(Path(json_path), report)
+            with replacing(json_path) as partial:
+                write_report(partial, report)
         if options["report"] is not None:
             write_page(options["report"], report.to_dict())
     except OSError as e:

@@ -44,7 +44,7 @@ from edgevl.calibration.scores import Gate, TaskScore, score_gates, score_pair
 from edgevl.calibration.sensitivity import Sensitivity, sensitivities, units_of
 from edgevl.runtime.doctor import machine
 from edgevl.runtime.errors import CheckFailedError, InputError
-from edgevl.runtime.output_file import write_output
+from edgevl.runtime.output_file import whole
 
 __all__ = [
     "FIDELITY",
@@ -191,9 +191,10 @@ def write_report(path: Path, report: FidelityReport) -> None:
     """Write the document, all of it or nothing.
 
     Raises:
-        InputError: the file cannot be written.
+        OSError: the disk is full, or the file cannot be written.
     """
-    write_output(path, json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    with whole(path) as partial:
+        partial.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_report(path: str | Path) -> dict[str, Any]:

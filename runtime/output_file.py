@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgevl.runtime.errors import InputError
 
-__all__ = ["check_output_file", "replacing", "write_output"]
+__all__ = ["check_output_file", "match_umask", "replacing", "whole", "write_output"]
 
 
 def check_output_file(path: str | Path, what: str = "the file") -> None:
@@ -43,23 +44,30 @@ def check_output_file(path: str | Path, what: str = "the file") -> None:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block completes; on any failure nothing is left of it.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    path = Path(path)
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it when the block completes; on any failure nothing is left of it."""
     partial = _partial(path)
     try:
         yield partial
         partial.replace(path)
-    except OSError as e:
-        advice = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another output"
-        raise InputError(f"{path}: cannot be written ({e.strerror or e}); {advice}") from None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """The same for a file that a user has named.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        with whole(Path(path)) as partial:
+            yield partial
+    except OSError as e:
+        advice = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another output"
+        raise InputError(f"{path}: cannot be written ({e.strerror or e}); {advice}") from None
 
 
 def write_output(path: str | Path, text: str) -> None:
@@ -70,6 +78,16 @@ def write_output(path: str | Path, text: str) -> None:
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def match_umask(path: Path) -> None:
+    """Give a file the mode that every new file gets: libraries which rename a temporary one of their own leave 0600."""
+    probe = path.with_name(f".{path.name}.mode")
+    try:
+        probe.touch()
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _partial(path: Path) -> Path:

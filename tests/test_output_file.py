@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import Pair
+from PIL import Image
 
 from edgevl.benchmarks import gpu, language_model, memory
 from edgevl.calibration import page
@@ -144,3 +145,28 @@ def test_benchmarks_refuse_a_folder(
         command([*(str(folder / a) for a in arguments), "--json", str(folder / "d")])
     assert left.value.code == 2 and "a folder, expected the name of the file" in capsys.readouterr().err
     assert sorted(p.name for p in folder.iterdir()) == ["d", "f", "p"]
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): stat.S_IMODE(p.stat().st_mode) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_all_outputs_obey_the_umask(tiny: Pair, tmp_path: Path) -> None:
+    """safetensors renames a temporary file of its own, of mode 0600."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    before = os.umask(0o027)
+    try:
+        for i in range(6):
+            Image.new("RGB", (84, 56), (40 * i, 90, 200)).save(photos / f"{i}.png")
+        quantize = ["quantize", str(tiny.checkpoint), "--recipe", "rtn-int4", "--group-size", "32"]
+        assert cli.run([*quantize, "-o", str(tmp_path / "q")]) == 0
+        spoken = ["--images", str(photos), "--samples", "2"]
+        assert cli.run([*quantize, "-o", str(tmp_path / "v"), "--vision", "int8", *spoken]) == 0
+        assert cli.run(["export", str(tiny.checkpoint), "-o", str(tmp_path / "b"), "--precision", "fp32"]) == 0
+    finally:
+        os.umask(before)
+    found = modes(tmp_path)
+    assert any("model-00001" in name for name in found) and any("golden/" in name for name in found)
+    assert {name: oct(mode) for name, mode in found.items() if mode != 0o640} == {}
+    assert not any("partial" in name or ".mode" in name for name in found)
