@@ -24,7 +24,7 @@ from edgevl.benchmarks.turns import environment, in_turn
 from edgevl.benchmarks.workloads import WORKLOADS, Workload, workload
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.commands import note
-from edgevl.runtime.engine import ENGINES, usable_cores
+from edgevl.runtime.engine import ENGINES, choose_engine, usable_cores
 from edgevl.runtime.errors import EdgeVLError, InputError
 from edgevl.runtime.output_file import check_output_file, write_output
 
@@ -57,7 +57,7 @@ __all__ = ["bench"]
 @click.option(
     "--minutes", default=0.0, type=click.FloatRange(0), help="Soak: go on at least this long in every process."
 )
-@click.option("--engine", default="ort-cpu", show_default=True, metavar="E", help=f"{', '.join(ENGINES)}.")
+@click.option("--engine", default="ort-cpu", show_default=True, metavar="E", help=f"auto, {', '.join(ENGINES)}.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Worker threads [default: the usable cores].")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of pictures and arrivals.")
 @click.option("--checkpoint", "kind", default="not told", metavar="TEXT", help="What the weights are, for the report.")
@@ -88,8 +88,7 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
     works = [
         _workload(name, rate, options) for name in names or ("picture",) for rate in options["arrivals"] or (None,)
     ]
-    for bundle in bundles:
-        Bundle.open(bundle)
+    opened = [Bundle.open(bundle) for bundle in bundles]
     if options["engine"] not in (*ENGINES, "auto"):
         raise InputError(f"engine {options['engine']!r} is unknown; expected auto, {', '.join(ENGINES)}")
     for key, what in (("json_path", "a file of JSON lines"), ("report", "an HTML file")):
@@ -100,17 +99,18 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
     if options["operators"]:
         _print_operators(bundles, works, options["engine"], threads)
         return
+    engines = [_engine(bundle, options["engine"]) for bundle in opened]
     if options["profile"]:
-        for bundle in bundles:
-            _keep_profile(bundle, options["engine"], threads)
+        for bundle, engine in zip(bundles, engines):
+            _keep_profile(bundle, engine, threads)
     note("measuring the machine's ceilings")
     ceilings = measure_ceilings(threads)
     system = system_info(threads)
     cores = tuple(sorted(os.sched_getaffinity(0))[:threads]) if hasattr(os, "sched_getaffinity") else ()
     requests = options["requests"] or (50 if options["arrivals"] else 5)
     jobs = [
-        Job(bundle, work, options["engine"], threads, requests, options["minutes"], options["seed"], cores)
-        for bundle in bundles
+        Job(bundle, work, engine, threads, requests, options["minutes"], options["seed"], cores)
+        for bundle, engine in zip(bundles, engines)
         for work in works
     ]
     measured = _run(jobs, options["rounds"])
@@ -124,6 +124,11 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
         write_output(options["report"], html_page(cases, divergences))
         note(f"report: {options['report']}")
     print_table(cases)
+
+
+def _engine(bundle: Bundle, name: str) -> str:
+    """What `auto` stands for, told once for a bundle: its processes then all open the same."""
+    return name if name != "auto" else choose_engine(bundle, lambda text: note(f"{bundle.folder.name}: {text}"))
 
 
 def _print_operators(bundles: tuple[str, ...], works: list[Workload], engine: str, threads: int) -> None:

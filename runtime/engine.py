@@ -21,6 +21,7 @@ __all__ = [
     "EngineStatus",
     "GpuOptions",
     "GraphRunner",
+    "choose_engine",
     "engine_status",
     "open_engine",
     "usable_cores",
@@ -169,6 +170,15 @@ def open_engine(
     from edgevl.runtime.ort_engine import OrtEngine
 
     return OrtEngine(bundle, threads=threads)
+
+
+def choose_engine(bundle: Bundle, notice: Callable[[str], None] | None = None) -> str:
+    """The engine that `auto` stands for; `notice` is told which, and why not those before it.
+
+    Raises:
+        EngineError: none can run this bundle here.
+    """
+    return _first_usable(bundle, {s.name: s for s in engine_status(bundle)}, notice)
 
 
 def _first_usable(bundle: Bundle, status: Mapping[str, EngineStatus], notice: Callable[[str], None] | None) -> str:

@@ -306,6 +306,21 @@ def test_the_table_is_on_stdout_and_nothing_else(measured):
     assert max(map(len, out.splitlines())) <= 120
 
 
+def test_auto_is_told_once_for_a_bundle(tiny: Pair, tmp_path):
+    """Not once for each process, and the processes are told what was chosen."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny.bundle, other)
+    sizes = ("--size", "56x56", "--new-tokens", 2, "--requests", 1, "--rounds", 2, "--threads", 1)
+    done = edgevl("bench", tiny.bundle, other, "--engine", "auto", *sizes, "--json", tmp_path / "r.jsonl")
+    assert done.returncode == 0, done.stderr
+    for name in (tiny.bundle.name, "other"):
+        told = [line for line in done.stderr.splitlines() if line.startswith(f"{name}: engine: ort-cpu (")]
+        assert len(told) == 1 and "; not tensorrt: " in told[0]
+    assert {c["engine"] for c in read_lines(tmp_path / "r.jsonl")} == {"ort-cpu"}
+    shown = edgevl("bench", "--help").stdout
+    assert "auto, ort-cpu" in " ".join(shown.split())
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "iso8859-5"])  # neither has the sign of multiplication
 def test_tables_print_with_any_encoding(measured, encoding):
     """In a process of its own: the encoding is that of its stdout."""
