@@ -192,6 +192,27 @@ def test_verify_without_golden_vectors(tiny: Pair) -> None:
     assert done.returncode == 2 and "--against" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_an_export_that_verified_nothing_says_so(
+    tiny: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export = ["export", str(tiny.checkpoint), "--precision", "fp32", "-o"]
+    assert cli.run([*export, str(tmp_path / "small"), "--max-tokens", "1"]) == 0
+    err = capfd.readouterr().err
+    assert err.splitlines()[-1] == (
+        "nothing was verified: no golden case fits into 1 tokens; export with a larger --max-tokens"
+    )
+    assert "golden case 'text' left out" in err
+    monkeypatch.setattr("edgevl.export.verify.host_missing", lambda: "torch not installed here")
+    assert cli.run([*export, str(tmp_path / "bare")]) == 0
+    err = capfd.readouterr().err
+    assert err == (
+        "nothing was verified: no golden vectors: torch not installed here; on a workstation: "
+        f"edgevl verify BUNDLE --against {tiny.checkpoint}\n"
+    )
+    assert cli.run([*export, str(tmp_path / "asked"), "--no-verify"]) == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_drift_is_status_1(tiny: Pair, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny.bundle, bundle)
