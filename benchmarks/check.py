@@ -30,6 +30,7 @@ from edgevl.benchmarks.stages import Job, Runner, StageClock
 from edgevl.benchmarks.workloads import Workload
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.engine import usable_cores
+from edgevl.runtime.output_file import write_output
 
 __all__ = ["PRECISIONS", "compare", "main", "measure", "setting"]
 
@@ -134,9 +135,7 @@ def main(checkpoint: str, precisions: tuple[str, ...], size: int, path: str, upd
     found = _measure_all(checkpoint, precisions, replace(_WORK, width=size, height=size))
     if update:
         stored[here] = {**stored.get(here, {}), **found}
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(json.dumps(stored, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(file)
+        write_output(file, json.dumps(stored, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
         click.echo(f"baseline of {here} written to {file}")
         return
     rows, more = [], False

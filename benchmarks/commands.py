@@ -24,8 +24,9 @@ from edgevl.benchmarks.turns import environment, in_turn
 from edgevl.benchmarks.workloads import WORKLOADS, Workload, workload
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.commands import note
-from edgevl.runtime.engine import ENGINES, usable_cores
+from edgevl.runtime.engine import ENGINES, choose_engine, usable_cores
 from edgevl.runtime.errors import EdgeVLError, InputError
+from edgevl.runtime.output_file import check_output_file, write_output
 
 __all__ = ["bench"]
 
@@ -56,7 +57,7 @@ __all__ = ["bench"]
 @click.option(
     "--minutes", default=0.0, type=click.FloatRange(0), help="Soak: go on at least this long in every process."
 )
-@click.option("--engine", default="ort-cpu", show_default=True, metavar="E", help=f"{', '.join(ENGINES)}.")
+@click.option("--engine", default="ort-cpu", show_default=True, metavar="E", help=f"auto, {', '.join(ENGINES)}.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Worker threads [default: the usable cores].")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of pictures and arrivals.")
 @click.option("--checkpoint", "kind", default="not told", metavar="TEXT", help="What the weights are, for the report.")
@@ -87,43 +88,47 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
     works = [
         _workload(name, rate, options) for name in names or ("picture",) for rate in options["arrivals"] or (None,)
     ]
-    for bundle in bundles:
-        Bundle.open(bundle)
+    opened = [Bundle.open(bundle) for bundle in bundles]
     if options["engine"] not in (*ENGINES, "auto"):
         raise InputError(f"engine {options['engine']!r} is unknown; expected auto, {', '.join(ENGINES)}")
-    for key in ("json_path", "report"):
-        _check_output(options[key])
+    for key, what in (("json_path", "a file of JSON lines"), ("report", "an HTML file")):
+        if options[key] is not None:
+            check_output_file(options[key], what)
     divergences = _divergences(options["fidelity"], bundles)
     threads = options["threads"] or usable_cores()
     if options["operators"]:
         _print_operators(bundles, works, options["engine"], threads)
         return
+    engines = [_engine(bundle, options["engine"]) for bundle in opened]
     if options["profile"]:
-        for bundle in bundles:
-            _keep_profile(bundle, options["engine"], threads)
+        for bundle, engine in zip(bundles, engines):
+            _keep_profile(bundle, engine, threads)
     note("measuring the machine's ceilings")
     ceilings = measure_ceilings(threads)
     system = system_info(threads)
     cores = tuple(sorted(os.sched_getaffinity(0))[:threads]) if hasattr(os, "sched_getaffinity") else ()
     requests = options["requests"] or (50 if options["arrivals"] else 5)
     jobs = [
-        Job(bundle, work, options["engine"], threads, requests, options["minutes"], options["seed"], cores)
-        for bundle in bundles
+        Job(bundle, work, engine, threads, requests, options["minutes"], options["seed"], cores)
+        for bundle, engine in zip(bundles, engines)
         for work in works
     ]
     measured = _run(jobs, options["rounds"])
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     head = {"schema": SCHEMA, "date": date, "system": system, "checkpoint": options["kind"]}
     cases = [{**head, **_case(job, rounds, ceilings)} for job, rounds in zip(jobs, measured)]
-    print_table(cases)
-    if options["json_path"]:
+    # The files first: what was measured must not be lost to a terminal.
+    if options["json_path"] is not None:
         write_lines(Path(options["json_path"]), cases)
-    if options["report"]:
-        path = Path(options["report"])
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(html_page(cases, divergences), encoding="utf-8")
-        partial.replace(path)
-        note(f"report: {path}")
+    if options["report"] is not None:
+        write_output(options["report"], html_page(cases, divergences))
+        note(f"report: {options['report']}")
+    print_table(cases)
+
+
+def _engine(bundle: Bundle, name: str) -> str:
+    """What `auto` stands for, told once for a bundle: its processes then all open the same."""
+    return name if name != "auto" else choose_engine(bundle, lambda text: note(f"{bundle.folder.name}: {text}"))
 
 
 def _print_operators(bundles: tuple[str, ...], works: list[Workload], engine: str, threads: int) -> None:
@@ -195,11 +200,6 @@ def _workload(name: str, rate: float | None, options: dict[str, Any]) -> Workloa
         except ValueError:
             raise InputError(f"size {options['size']!r}: expected WIDTHxHEIGHT, such as 448x448") from None
     return workload(name, **changes)
-
-
-def _check_output(path: str | None) -> None:
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise InputError(f"{Path(path).parent}: no such folder; create it, or choose another output")
 
 
 def _run(jobs: list[Job], rounds: int) -> list[list[dict[str, Any]]]:

@@ -26,6 +26,7 @@ import click
 from tabulate import tabulate
 from tqdm import tqdm
 
+from edgevl.benchmarks.output_option import OutputFile
 from edgevl.benchmarks.peers.table import spread
 from edgevl.benchmarks.peers.worker import measure
 from edgevl.benchmarks.random_checkpoint import SHAPES, write_random_checkpoint
@@ -35,6 +36,7 @@ from edgevl.runtime.bundle import MANIFEST
 from edgevl.runtime.doctor import machine
 from edgevl.runtime.engine import engine_status
 from edgevl.runtime.errors import EdgeVLError
+from edgevl.runtime.output_file import write_output
 from edgevl.runtime.tensorrt_library import find_tensorrt
 
 __all__ = ["Contender", "main"]
@@ -188,7 +190,7 @@ def summary(figures: Sequence[Figures], sizes: Sequence[str]) -> str:
 @click.option("--requests", default=3, show_default=True, help="Measured requests per process.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--no-peers", is_flag=True, help="Without transformers.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures as JSON lines.")
+@click.option("--json", "json_path", type=OutputFile(), help="Write all figures as JSON lines.")
 def main(out: Path, checkpoint: Path | None, json_path: Path | None, **options: Any) -> None:
     """Export, build, verify and measure on the GPU of this machine, with everything kept in OUT."""
     out.mkdir(parents=True, exist_ok=True)
@@ -222,7 +224,7 @@ def main(out: Path, checkpoint: Path | None, json_path: Path | None, **options: 
     click.echo(summary(figures, options["sizes"].split(",")))
     if json_path is not None:
         lines = [json.dumps({"machine": facts, **asdict(f)}) for f in figures]
-        json_path.write_text("\n".join(lines) + "\n")
+        write_output(json_path, "\n".join(lines) + "\n")
     for failure in failures:
         click.echo(f"left out or not as it should be: {failure}", err=True)
     sys.exit(1 if failures else 0)

@@ -26,8 +26,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from edgevl.benchmarks.divergence import Divergence, conversation_logits, divergence
+from edgevl.benchmarks.output_option import OutputFile
 from edgevl.benchmarks.smollm2 import write_smollm2
 from edgevl.runtime.doctor import cpu_model
+from edgevl.runtime.output_file import write_output
 
 __all__ = ["calibration_texts", "held_out_texts", "main"]
 
@@ -160,7 +162,7 @@ def _measure(name: str, folder: Path, reference: list[Any], held_out: list[Conve
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--samples", default=64, show_default=True, help="Conversations to calibrate on.")
 @click.option("--recipes", default=",".join(VARIANTS), show_default=True, help="Separated by commas.")
-@click.option("--json", "as_json", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there too.")
+@click.option("--json", "as_json", type=OutputFile(), help="Write the figures there too.")
 def main(folder: Path, samples: int, recipes: str, as_json: Path | None) -> None:
     """Quantize SmolLM2-135M by every recipe into FOLDER and compare what came out with the original."""
     names = recipes.split(",")
@@ -184,7 +186,7 @@ def main(folder: Path, samples: int, recipes: str, as_json: Path | None) -> None
         rows[name] = _measure(name, folder, reference, held_out, samples)
         if as_json is not None:
             found = {n: {"decoder_mb": s, **asdict(d)} for n, (s, d) in rows.items()}
-            as_json.write_text(json.dumps({"fp32": asdict(base), **found}, indent=1) + "\n", encoding="utf-8")
+            write_output(as_json, json.dumps({"fp32": asdict(base), **found}, indent=1) + "\n")
     rounding = rows.get("rtn-int4")
     table = [("fp32", "", "", "", "", f"{base.perplexity:.2f}")]
     for name, (size, d) in rows.items():

@@ -23,10 +23,12 @@ import click
 from tabulate import tabulate
 from tqdm import tqdm
 
+from edgevl.benchmarks.output_option import OutputFile
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.doctor import machine
 from edgevl.runtime.errors import EdgeVLError, InputError
 from edgevl.runtime.image_processing import VisionGrid
+from edgevl.runtime.output_file import write_output
 from edgevl.runtime.preflight import Plan, Planner
 
 __all__ = ["Case", "main", "measure"]
@@ -125,7 +127,7 @@ def predict(bundle: Bundle, case: Case, measured: Measured) -> Plan:
 )
 @click.argument("bundles", nargs=-1, required=True)
 @click.option("--case", "cases", multiple=True, metavar="WxH,IMAGES,WORDS,NEW,BATCH", help="Instead of the usual ones.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every number to FILE.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write every number to FILE.")
 def main(bundles: tuple[str, ...], cases: tuple[str, ...], json_file: Path | None) -> None:
     try:
         chosen = [Case.parse(c) for c in cases or DEFAULT_CASES]
@@ -148,7 +150,7 @@ def main(bundles: tuple[str, ...], cases: tuple[str, ...], json_file: Path | Non
     off = [r for r in rows if max(abs(r[4]), abs(r[7])) > 100 * TOLERANCE]
     print(f"{len(rows) - len(off)} of {len(rows)} within {100 * TOLERANCE:.0f} %")
     if json_file is not None:
-        json_file.write_text(json.dumps({"machine": machine(), "cases": records}, indent=1) + "\n")
+        write_output(json_file, json.dumps({"machine": machine(), "cases": records}, indent=1) + "\n")
     sys.exit(1 if off else 0)
 
 

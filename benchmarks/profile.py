@@ -25,6 +25,7 @@ from tabulate import tabulate
 
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.errors import EdgeVLError, InputError
+from edgevl.runtime.output_file import check_output_file
 from edgevl.runtime.preflight import picture_of
 from edgevl.runtime.profile import Profile, bundle_id, profile_path
 from edgevl.runtime.prompt import VisionInput
@@ -129,6 +130,8 @@ def main(
     questions: int | None,
 ) -> None:  # fmt: skip
     try:
+        if output is not None and output.parent.is_dir():  # another is made
+            check_output_file(output, "a JSON file")
         with VisionLanguageModel.open(bundle, "ort-cpu", threads=threads) as model:
             profile = measure_profile(model, max_pixels, repeats, seconds)
             path = output or profile_path(model.bundle, profile.machine)

@@ -37,6 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import jinja2
 import numpy as np
 
@@ -44,6 +45,7 @@ from edgevl.benchmarks.open_loop_report import LOAD, SPANS, load_row, open_plots
 from edgevl.benchmarks.plotting import COLOURS, by_round, case_names, cell, colour_cycle, figure, library, svg, table
 from edgevl.benchmarks.stages import STAGES
 from edgevl.runtime.errors import InputError
+from edgevl.runtime.output_file import write_output
 
 __all__ = ["SCHEMA", "check_libraries", "html_page", "percentiles", "print_table", "read_lines", "write_lines"]
 
@@ -60,10 +62,12 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def write_lines(path: Path, cases: Sequence[dict[str, Any]]) -> None:
-    """Write the cases as JSON lines, under a temporary name first."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases), encoding="utf-8")
-    partial.replace(path)
+    """Write the cases as JSON lines, all or none.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_output(path, "".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -90,14 +94,16 @@ def print_table(cases: Sequence[dict[str, Any]]) -> None:
     if not console.is_terminal:  # 80 columns would cut every header
         console.width = 120
     closed, opened = _by_loop(cases)
-    if closed:
-        _print_closed_tables(closed, console)
-    if opened:
-        print_open_tables(opened, console)
-    for text in dict.fromkeys(f"{c['workload']['name']}: {c['describe']}" for c in cases):
-        console.print(text)
-    for text in dict.fromkeys(f"{c['bundle']}: {c['precision']}, {c['engine']}" for c in cases):
-        console.print(text)
+    with console.capture() as captured:  # click's echo writes to a stream of any encoding, rich's own fails
+        if closed:
+            _print_closed_tables(closed, console)
+        if opened:
+            print_open_tables(opened, console)
+        for text in dict.fromkeys(f"{c['workload']['name']}: {c['describe']}" for c in cases):
+            console.print(text)
+        for text in dict.fromkeys(f"{c['bundle']}: {c['precision']}, {c['engine']}" for c in cases):
+            console.print(text)
+    click.echo(captured.get(), nl=False)
 
 
 def _by_loop(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

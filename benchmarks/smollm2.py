@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgevl.runtime.errors import InputError
+from edgevl.runtime.output_file import match_umask
 
 __all__ = ["write_smollm2"]
 
@@ -73,6 +74,7 @@ def write_smollm2(folder: Path) -> None:
     folder.mkdir(parents=True)
     tensors |= _vision(config["vision_config"])
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
+    match_umask(folder / "model.safetensors")
     _write(folder / "config.json", config)
     _write(folder / "generation_config.json", {"eos_token_id": [config["eos_token_id"]], "do_sample": False})
     _write(folder / "preprocessor_config.json", _PREPROCESSOR)

@@ -25,6 +25,7 @@ from edgevl.calibration.scores import check_scoring, parse_min_scores
 from edgevl.calibration.sensitivity import GRANULARITIES
 from edgevl.runtime.commands import note
 from edgevl.runtime.errors import CheckpointError, InputError
+from edgevl.runtime.output_file import check_output_file, replacing
 from edgevl.tasks import TASKS
 
 __all__ = ["fidelity", "measure_options", "progress_bar", "summary", "wanted"]
@@ -122,8 +123,8 @@ def fidelity(original: str, quantized: str, images: str | None, json_path: str |
     asked = wanted(options)
     if images is None and not asked.cases:
         raise InputError("nothing to measure on; pass --images for the divergence, --tasks N for scores, or both")
-    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
-        raise InputError(f"{Path(json_path).parent}: no such folder; create it, or write the JSON elsewhere")
+    if json_path is not None:
+        check_output_file(json_path, "a JSON file")
     samples = []
     with FloatCheckpoint.open(original) as a, FloatCheckpoint.open(quantized) as b:
         check_pair(a, b)
@@ -137,7 +138,8 @@ def fidelity(original: str, quantized: str, images: str | None, json_path: str |
             given = {"provenance": known, "progress": progress, "notice": note}
             report = measure(original, quantized, samples, asked, scratch, **given)
         if json_path is not None:
-            write_report(Path(json_path), report)
+            with replacing(json_path) as partial:
+                write_report(partial, report)
         if options["report"] is not None:
             write_page(options["report"], report.to_dict())
     except OSError as e:

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,9 +25,12 @@ from torch import Tensor
 from edgevl.calibration.formats import BlockQuantized
 from edgevl.calibration.packing import Tensors, pack_compressed, pack_gptq
 from edgevl.calibration.recipes import PLAIN, Recipe
-from edgevl.calibration.weights import Stored
 from edgevl.runtime.cache_scales import KV_SCHEME_KEY, cache_scheme
+from edgevl.runtime.output_file import match_umask
 from edgevl.runtime.schemes import PRE_SCALED, ROTATION_KEY
+
+if TYPE_CHECKING:
+    from edgevl.calibration.weights import Stored
 
 __all__ = ["as_stored", "pack_blocks", "quantization_config", "save_shard", "shard_name", "write_rest"]
 
@@ -50,7 +53,7 @@ def as_stored(checkpoint: Stored, name: str, value: Tensor) -> Tensor:
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file under a temporary name and rename it.
+    """Write a safetensors file under a temporary name and rename it; its mode follows the umask.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -58,12 +61,15 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_name(f"{path.name}.partial")
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
+        match_umask(partial)
+        partial.replace(path)
     except SafetensorError as e:  # it tells of the system's errors in words alone
         number = re.search(r"os error (\d+)", str(e))
         if number is None:
             raise
         raise OSError(int(number[1]), str(e)) from None
-    partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _is_gptq(recipe: Recipe) -> bool:

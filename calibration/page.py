@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from edgevl.calibration.plots import check_matplotlib, draw_plots
-from edgevl.runtime.errors import InputError
+from edgevl.runtime.output_file import check_output_file, write_output
 
 __all__ = ["check_page", "render_page", "write_page"]
 
@@ -20,14 +20,10 @@ def check_page(path: str | Path) -> None:
     """Whether a page can be written there: asked before hours are spent.
 
     Raises:
-        InputError: no such folder, or a folder.
+        InputError: see `check_output_file`.
         EdgeVLError: matplotlib is missing.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: a folder, expected the name of an HTML file")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder; create it, or write the report elsewhere")
+    check_output_file(path, "an HTML file")
     check_matplotlib()
 
 
@@ -46,11 +42,12 @@ def render_page(data: dict[str, Any]) -> str:
 
 
 def write_page(path: str | Path, data: dict[str, Any]) -> None:
-    """Under a temporary name first, then renamed."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(render_page(data), encoding="utf-8")
-    partial.replace(path)
+    """Write the page, all of it or nothing.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_output(path, render_page(data))
 
 
 def _provenance(data: dict[str, Any]) -> Iterator[tuple[str, str]]:

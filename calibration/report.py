@@ -44,6 +44,7 @@ from edgevl.calibration.scores import Gate, TaskScore, score_gates, score_pair
 from edgevl.calibration.sensitivity import Sensitivity, sensitivities, units_of
 from edgevl.runtime.doctor import machine
 from edgevl.runtime.errors import CheckFailedError, InputError
+from edgevl.runtime.output_file import whole
 
 __all__ = [
     "FIDELITY",
@@ -187,10 +188,13 @@ def check_gates(report: FidelityReport, consequence: str = "") -> None:
 
 
 def write_report(path: Path, report: FidelityReport) -> None:
-    """Under a temporary name first, then renamed."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write the document, all of it or nothing.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    with whole(path) as partial:
+        partial.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_report(path: str | Path) -> dict[str, Any]:

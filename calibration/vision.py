@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from edgevl.calibration.activations import Activations
 from edgevl.calibration.dataset import Sample
 from edgevl.calibration.layer_report import LayerReport
 from edgevl.calibration.layers import Watch, merge, vision_block
+from edgevl.calibration.output import save_shard
 from edgevl.calibration.w8a8 import Int8Block, Int8Scheme, Statistics, merger_points, quantize_block, vision_points
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.mrope import vision_rotary_rows
+from edgevl.runtime.output_file import whole
 
 if TYPE_CHECKING:
     from edgevl.calibration.weights import Stored, Tensors
@@ -185,11 +186,6 @@ def _save(checkpoint: Stored, folder: Path, layer: int, weights: Mapping[str, Te
             same = torch.equal(value, weights[name])
             tensors[full] = value.to(_DTYPES[checkpoint.dtype(full)]) if same else value
     path = block_file(folder, layer)
-    report = json.dumps([asdict(r) for r in block.reports])
-    for target, write in (
-        (path.with_suffix(".json"), lambda p: p.write_text(report, encoding="utf-8")),
-        (path, lambda p: save_file({k: v.contiguous() for k, v in tensors.items()}, p)),
-    ):
-        partial = target.with_name(f"{target.name}.partial")
-        write(partial)
-        partial.replace(target)
+    with whole(path.with_suffix(".json")) as partial:
+        partial.write_text(json.dumps([asdict(r) for r in block.reports]), encoding="utf-8")
+    save_shard(path, tensors)

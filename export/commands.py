@@ -28,6 +28,8 @@ from edgevl.runtime.mrope import MROPE_RULES
 
 __all__ = ["export"]
 
+_NO_GOLDEN = "no golden vectors"  # how the reason begins why none are written at all
+
 
 @click.command()
 @click.argument("checkpoint")
@@ -93,7 +95,8 @@ def export(checkpoint: str, output: str, asymmetric: bool, overwrite: bool, no_v
       edgevl export Qwen2-VL-2B-Instruct -o bundle --precision hybrid
     """
     chosen = ExportOptions(symmetric=not asymmetric, **options)
-    finish = None if no_verify else functools.partial(_golden, chosen.prefill_from or checkpoint)
+    told: list[str] = []
+    finish = None if no_verify else functools.partial(_golden, chosen.prefill_from or checkpoint, told)
     with tqdm(unit="B", unit_scale=True, desc="weights", file=sys.stderr, disable=None, leave=False) as bar:
 
         def progress(name: str, size: int, total: int) -> None:
@@ -103,19 +106,30 @@ def export(checkpoint: str, output: str, asymmetric: bool, overwrite: bool, no_v
 
         report = export_bundle(checkpoint, output, chosen, overwrite=overwrite, progress=progress, finish=finish)
     click.echo(_table(report))
-    if no_verify or not any(name.startswith("golden/") for name in Bundle.open(output).files):
+    if no_verify:
+        return 0
+    bundle = Bundle.open(output)
+    if not any(name.startswith("golden/") for name in bundle.files):
+        none_fits = f"no golden case fits into {bundle.max_tokens} tokens; export with a larger --max-tokens"
+        note(f"nothing was verified: {next((t for t in told if t.startswith(_NO_GOLDEN)), none_fits)}")
         return 0
     return _check(Path(output))
 
 
-def _golden(checkpoint: str, folder: Path, bundle: Bundle) -> dict[str, FileEntry]:
+def _golden(checkpoint: str, told: list[str], folder: Path, bundle: Bundle) -> dict[str, FileEntry]:
+    """Golden vectors, if they can be written here; `told` gets the reason where none can, which ends the command."""
     from edgevl.export.verify import host_missing, write_golden
+
+    def notice(text: str) -> None:
+        told.append(text)
+        if not text.startswith(_NO_GOLDEN):
+            note(text)
 
     reason = host_missing()
     if reason is not None:
-        note(f"no golden vectors: {reason}; on a workstation: edgevl verify BUNDLE --against {checkpoint}")
+        notice(f"{_NO_GOLDEN}: {reason}; on a workstation: edgevl verify BUNDLE --against {checkpoint}")
         return {}
-    return write_golden(folder, bundle, checkpoint, notice=note, progress=lambda case: note(f"golden: {case}"))
+    return write_golden(folder, bundle, checkpoint, notice=notice, progress=lambda case: note(f"golden: {case}"))
 
 
 def _check(folder: Path) -> int:

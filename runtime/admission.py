@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK
-from edgevl.runtime.errors import CapacityError, EngineError
+from edgevl.runtime.errors import CapacityError, EngineError, InputError
 from edgevl.runtime.image_processing import VisionGrid, smart_resize
 from edgevl.runtime.memory import available_bytes, parse_size, resident_bytes, shown
 from edgevl.runtime.preflight import Planner, largest_that_fits
@@ -15,7 +16,7 @@ from edgevl.runtime.preflight import Planner, largest_that_fits
 if TYPE_CHECKING:
     from edgevl.runtime.generation import PreparedPrompt
 
-__all__ = ["Admission", "check_opening"]
+__all__ = ["Admission", "check_opening", "check_sizes"]
 
 OFF = "off"
 _PLANNED = "ort-cpu"  # elsewhere weights and activations are in a device's memory, which this does not count
@@ -36,6 +37,24 @@ def _room(limit: int | None) -> int | None:
 
 def _whose(limit: int | None) -> str:
     return "available here" if limit is None else f"left of the memory limit of {shown(limit)}"
+
+
+def check_sizes(
+    bundle: Bundle, capacity: int | None, prefill_chunk: int, image_cache_mb: float, prefix_cache_mb: float
+) -> None:
+    """Numbers of `VisionLanguageModel.open`, before the engine is opened (and `auto` says which).
+
+    Raises:
+        InputError: one that is out of range.
+    """
+    most = bundle.model.text.max_position_embeddings
+    if capacity is not None and not 1 <= capacity <= most:
+        raise InputError(f"capacity is {capacity}, expected 1 to {most} tokens")
+    if prefill_chunk < 1:
+        raise InputError(f"prefill chunk is {prefill_chunk}, expected at least 1 token")
+    for name, value in (("image_cache_mb", image_cache_mb), ("prefix_cache_mb", prefix_cache_mb)):
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(f"{name} is {value}, expected 0 (off) or more megabytes")
 
 
 def check_opening(bundle: Bundle, memory_limit: int | str | None) -> None:

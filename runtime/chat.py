@@ -17,6 +17,7 @@ import numpy as np
 
 from edgevl.runtime.errors import CapacityError, InputError
 from edgevl.runtime.prefix_cache import common_prefix
+from edgevl.runtime.prompt import is_list
 from edgevl.runtime.results import Completion, Piece
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class ChatSession:
         last = self._last_question()
         if last is None:
             raise InputError("nothing was asked yet; there is no question to edit")
-        items = _items(images or (), videos or ())
+        items = _items(() if images is None else images, () if videos is None else videos)
         if images is None and videos is None:
             content = self.messages[last]["content"]
             items = [] if isinstance(content, str) else [i for i in content if i["type"] in _VISION]
@@ -254,7 +255,14 @@ def _without_oldest_turn(history: list[dict[str, Any]]) -> list[dict[str, Any]] 
 
 
 def _items(images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
-    """Content items of a message, pictures first."""
+    """Content items of a message, pictures first.
+
+    Raises:
+        InputError: one picture or video where a list is expected; letter by letter it would be many.
+    """
+    for name, given, one in (("images", images, "pictures"), ("videos", videos, "videos")):
+        if not is_list(given):
+            raise InputError(f"{name} is a {type(given).__name__}, expected a list of {one}: {name}=[...]")
     items: list[dict[str, Any]] = [{"type": "image", "image": i} for i in images]
     return [*items, *({"type": "video", **(v if isinstance(v, dict) else {"video": v})} for v in videos)]
 

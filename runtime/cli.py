@@ -6,16 +6,25 @@ results only, progress and notes go to stderr. `EDGEVL_DEBUG=1` shows tracebacks
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from edgevl.runtime.errors import EdgeVLError
 
-__all__ = ["main"]
+__all__ = ["forgive_encodings", "main"]
+
+# What the machine refuses whatever program asks; other errors of the system are questions that we should not have put.
+_MACHINE = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EMFILE", "ENFILE", "ENOMEM", "EACCES", "EPERM")
+    if hasattr(errno, name)
+)
 
 # command -> (module, help line, extra that brings what it needs); the module is imported when the command is asked for
 _COMMANDS = {
@@ -70,6 +79,7 @@ def edgevl() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with its status."""
+    forgive_encodings()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -98,16 +108,50 @@ def run(arguments: list[str]) -> int:
         click.echo(err=True)
         return 130
     except BrokenPipeError:  # the reader of our stdout went away: `edgevl run … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         return 0
+    except MemoryError as e:
+        _debug()
+        _error(f"out of memory ({e or 'nothing left'}); free some, or ask for less: smaller pictures, --capacity")
+        return 2
     except Exception as e:
         _debug()
+        if isinstance(e, OSError) and e.errno in _MACHINE:
+            _error(_refused(e))
+            return 2
         _error(f"unexpected {type(e).__name__}: {e} (a bug in edgevl; EDGEVL_DEBUG=1 shows where)")
         return 1
 
 
+def forgive_encodings() -> None:
+    """Let a stdout whose encoding lacks a character (× in a table) show it escaped, where Python would raise. Tables
+    and answers are for people; JSON in UTF-8 has no such characters."""
+    with suppress(AttributeError, ValueError):  # not a text stream of Python's, or closed
+        if sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _refused(error: OSError) -> str:
+    """What the machine refused, in words."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _leave_stdout()
+    # A write that fails names no file: standard output (`> /dev/full`), or a file that is open already.
+    where = "standard output or an open file" if error.filename is None else error.filename
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "free some space, or write elsewhere" if full else "the machine refused it: mend that, and run again"
+    return f"{where}: {error.strerror}; {advice}"
+
+
+def _leave_stdout() -> None:
+    """Nothing more goes there: what is still in its buffer would fail again when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _error(message: str) -> None:
-    click.echo(f"edgevl: error: {' '.join(message.split())}", err=True)
+    with suppress(OSError):  # a stderr that takes nothing either
+        click.echo(f"edgevl: error: {' '.join(message.split())}", err=True)
 
 
 def _debug() -> None:

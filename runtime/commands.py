@@ -17,7 +17,18 @@ from edgevl.runtime.engine import ENGINES, GpuOptions, engine_status
 from edgevl.runtime.errors import EdgeVLError, InputError
 from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB
 from edgevl.runtime.results import Completion
-from edgevl.runtime.run_options import budget_options, draw, guide_options, guide_settings, note, within_budget
+from edgevl.runtime.run_options import (
+    budget_options,
+    check_drawing,
+    check_request,
+    check_words,
+    draw,
+    guide_options,
+    guide_settings,
+    note,
+    within_budget,
+)
+from edgevl.runtime.sampling import GenerationConfig
 
 __all__ = ["chat", "doctor", "run", "verify"]
 
@@ -99,7 +110,7 @@ _SAMPLING = (
 _ENGINE = ("engine", "threads", "capacity", "prefill_chunk", "image_cache_mb", "memory_limit", "verify_hashes")
 
 
-def _open(bundle: str, options: dict[str, Any]) -> Any:
+def _open(bundle: str | Bundle, options: dict[str, Any]) -> Any:
     from edgevl.runtime.generation import VisionLanguageModel
 
     chosen = {k: options[k] for k in _ENGINE}
@@ -109,7 +120,10 @@ def _open(bundle: str, options: dict[str, Any]) -> Any:
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: options[k] for k in _SAMPLING if options[k] is not None and options[k] != ()}
+    """The settings that were given, each in range: told before a model is opened."""
+    given = {k: options[k] for k in _SAMPLING if options[k] is not None and options[k] != ()}
+    GenerationConfig.from_defaults({}, **given)
+    return given
 
 
 def _video_options(command: _Command) -> _Command:
@@ -190,16 +204,19 @@ def run(bundle: str, prompt: str, images: tuple[str, ...], videos: tuple[str, ..
     """
     from edgevl.runtime.grounding import strip_grounding
 
-    if options["draw_boxes"] is not None and not images:
-        raise InputError("--draw-boxes needs a picture; pass one with --image")
+    if options["draw_boxes"] is not None:
+        check_drawing(images, options["draw_boxes"])
     content = _content(prompt, images, videos, options)
     system = options["system"]
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": content})
-    forms = guide_settings(options)
-    with _open(bundle, options) as model:
+    forms, sampling = guide_settings(options), _sampling(options)
+    check_words(prompt, system)
+    opened = Bundle.open(bundle, options["verify_hashes"])
+    check_request(messages, opened, options)
+    with _open(opened, options) as model:
         messages, started = within_budget(model, messages, options)
-        stream = model.stream(messages, started=started, **_sampling(options), **forms)
+        stream = model.stream(messages, started=started, **sampling, **forms)
         if not options["as_json"]:
             for piece in stream:
                 click.echo(piece.text, nl=False)
@@ -247,9 +264,9 @@ def chat(bundle: str, **options: Any) -> None:
       > /image receipt.jpg
       > What is the total?
     """
+    sampling = _sampling(options)  # a bad setting is told now, not at every question
+    check_words("", options["system"])
     with _open(bundle, options) as model:
-        sampling = _sampling(options)
-        model.generation_config(**sampling)  # a bad setting is told now, not at every question
         session = model.chat(options["system"], options["on_full"])
         if sys.stdin.isatty():
             note("Ask something; /help lists the commands.")

@@ -21,6 +21,7 @@ __all__ = [
     "EngineStatus",
     "GpuOptions",
     "GraphRunner",
+    "choose_engine",
     "engine_status",
     "open_engine",
     "usable_cores",
@@ -147,6 +148,8 @@ def open_engine(
     """
     if name != "auto" and name not in ENGINES:
         raise EngineError(f"engine {name!r} is unknown; expected auto, {', '.join(ENGINES)}")
+    if threads is not None and threads < 1:  # before `auto` says anything
+        raise InputError(f"threads is {threads}, expected at least 1")
     status = {s.name: s for s in engine_status(bundle)}
     if name == "auto":
         name = _first_usable(bundle, status, notice)
@@ -167,6 +170,15 @@ def open_engine(
     from edgevl.runtime.ort_engine import OrtEngine
 
     return OrtEngine(bundle, threads=threads)
+
+
+def choose_engine(bundle: Bundle, notice: Callable[[str], None] | None = None) -> str:
+    """The engine that `auto` stands for; `notice` is told which, and why not those before it.
+
+    Raises:
+        EngineError: none can run this bundle here.
+    """
+    return _first_usable(bundle, {s.name: s for s in engine_status(bundle)}, notice)
 
 
 def _first_usable(bundle: Bundle, status: Mapping[str, EngineStatus], notice: Callable[[str], None] | None) -> str:

@@ -8,7 +8,6 @@ over a cache that is kept.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -19,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from edgevl.runtime.admission import Admission, check_opening
+from edgevl.runtime.admission import Admission, check_opening, check_sizes
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.chat import ChatSession
 from edgevl.runtime.decode_loop import DecodeLoop
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK, Decoder
 from edgevl.runtime.engine import DEFAULT_GPU, Engine, GpuOptions, open_engine
-from edgevl.runtime.errors import CapacityError, EdgeVLError, InputError
+from edgevl.runtime.errors import CapacityError, EdgeVLError, EngineError, InputError
 from edgevl.runtime.grounding import Box
 from edgevl.runtime.guided import FORMS, GuideCompiler
 from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB, ImageCache
@@ -34,7 +33,7 @@ from edgevl.runtime.locate import DEFAULT_QUESTION, locate
 from edgevl.runtime.mrope import position_ids
 from edgevl.runtime.prefix_cache import PrefixCache, token_identity
 from edgevl.runtime.profile import Profile
-from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, load_chat_template
+from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, is_list, load_chat_template
 from edgevl.runtime.results import Completion, Piece
 from edgevl.runtime.row import Row
 from edgevl.runtime.sampling import GenerationConfig
@@ -108,18 +107,12 @@ class VisionLanguageModel:
     ) -> None:
         self.bundle, self.engine, self.config = bundle, engine, bundle.model
         self.capacity = bundle.max_tokens if capacity is None else capacity
-        if not 1 <= self.capacity <= self.config.text.max_position_embeddings:
-            raise InputError(
-                f"capacity is {self.capacity}, expected 1 to {self.config.text.max_position_embeddings} tokens"
-            )
-        self.prefill_chunk, self._notice = prefill_chunk, notice
+        check_sizes(bundle, self.capacity, prefill_chunk, image_cache_mb, prefix_cache_mb)
+        self.prefill_chunk, self._notice, self._closed = prefill_chunk, notice, False
         self.tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
         # Grounding tokens in messages stay tokens: users refer to boxes with them, and earlier answers hold them.
         template = load_chat_template(bundle.folder)
         self._builder = PromptBuilder(self.tokenizer, template, self.config, trusted=(*GROUNDING_TOKENS, *POINT_TOKENS))
-        for name, value in (("image_cache_mb", image_cache_mb), ("prefix_cache_mb", prefix_cache_mb)):
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{name} is {value}, expected 0 (off) or more megabytes")
         self.image_cache = ImageCache(int(image_cache_mb * 1e6))
         self.prefix_cache = PrefixCache(int(prefix_cache_mb * 1e6)) if prefix_cache_mb else None
         self._admission = Admission(bundle, engine.name, prefill_chunk, memory_limit)
@@ -167,6 +160,7 @@ class VisionLanguageModel:
             BundleError, EngineError, InputError: see the classes.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify_hashes)
+        check_sizes(opened, capacity, prefill_chunk, image_cache_mb, prefix_cache_mb)
         check_opening(opened, memory_limit)
         runner = open_engine(opened, engine, threads, notice, gpu)
         try:
@@ -176,7 +170,14 @@ class VisionLanguageModel:
             raise
 
     def close(self) -> None:
-        self.engine.close()
+        """Free the engine; nothing can be asked afterwards. Closing twice is closing once."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the model is closed; ask inside its `with` block, or open it again")
 
     def __enter__(self) -> VisionLanguageModel:
         return self
@@ -186,10 +187,15 @@ class VisionLanguageModel:
 
     # ------------------------------------------------------------------ requests
 
-    def encode_image(self, image: Any, min_pixels: int | None = None, max_pixels: int | None = None) -> EncodedImage:
+    def encode_image(
+        self, image: Any, min_pixels: int | None = None, max_pixels: int | None = None, **options: Any
+    ) -> EncodedImage:
         """Run a picture (path, PIL image, array, bytes) through the vision encoder; the result may stand for it in
-        messages, so that asking twice about one picture encodes it once."""
-        return self._vision.encode(VisionInput("image", image, {"min_pixels": min_pixels, "max_pixels": max_pixels}))
+        messages, so that asking twice about one picture encodes it once. `options`: resized_height and resized_width.
+        """
+        self._check_open()
+        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        return self._vision.encode(VisionInput("image", image, {**limits, **options}))
 
     def encode_video(self, video: Any, max_tokens: int | None = None, **options: Any) -> EncodedImage:
         """Like `encode_image`, for a video: a file, an animation, a folder of frames or a list of pictures.
@@ -198,6 +204,7 @@ class VisionLanguageModel:
             max_tokens: fit the video to so many tokens, with smaller and then fewer frames.
             options: fields of VideoOptions (fps, max_frames, max_pixels, total_pixels, ...).
         """
+        self._check_open()
         encoded = self._vision.encode(VisionInput("video", video, options), max_tokens)
         chosen = isinstance(video, (list, tuple))  # frame by frame: nothing to tell unless it was changed
         if self._notice is not None and encoded.video is not None and (encoded.video.notes or not chosen):
@@ -207,13 +214,14 @@ class VisionLanguageModel:
     def encode_vision(self, messages: Sequence[dict[str, Any]], answer_tokens: int = 1) -> tuple[EncodedImage, ...]:
         """Pictures and videos of `messages` in prompt order. Videos share what the rest leaves of the KV cache, less
         `answer_tokens` (a quarter of the cache at most); those encoded already stay as they are."""
-        items = collect_vision(list(messages))
+        self._check_open()
+        items = collect_vision(messages)
         videos = [i for i, v in enumerate(items) if v.kind == "video" and not isinstance(v.source, EncodedImage)]
         done = {i: self._vision.encode(item) for i, item in enumerate(items) if i not in videos}
         if videos:
             merge = self.config.vision.spatial_merge_size
             one_token_each = [VisionGrid(1, merge, merge)] * len(items)
-            text = len(self._builder.build(list(messages), one_token_each).input_ids) - len(items)
+            text = len(self._builder.build(messages, one_token_each).input_ids) - len(items)
             room = self.capacity - text - sum(len(e.embeds) for e in done.values())
             room -= min(answer_tokens, self.capacity // 4)
             for number, i in enumerate(videos):
@@ -228,10 +236,6 @@ class VisionLanguageModel:
         if (guide := self._guides.compile(**forms)) is not None:
             overrides["guide"] = guide
         overrides.setdefault("eos_token_ids", self.config.tokens.eos_token_ids)
-        if isinstance(overrides.get("stop"), str):
-            overrides["stop"] = (overrides["stop"],)
-        if "stop" in overrides:
-            overrides["stop"] = tuple(overrides["stop"])
         return GenerationConfig.from_defaults(self.config.generation, **overrides)
 
     def stream(self, messages: Sequence[dict[str, Any]], **generation: Any) -> Stream:
@@ -256,6 +260,10 @@ class VisionLanguageModel:
 
     def generate_batch(self, conversations: Sequence[Sequence[dict[str, Any]]], **generation: Any) -> list[Completion]:
         """Answer several conversations, each with its own pictures, decoding all of them together."""
+        if not is_list(conversations):
+            raise InputError(
+                f"conversations are a {type(conversations).__name__}, expected a list of lists of messages"
+            )
         config, started = self.generation_config(**generation), time.perf_counter()
         prompts = [self.prepare(messages, config.max_new_tokens) for messages in conversations]
         if not prompts:
@@ -316,6 +324,7 @@ class VisionLanguageModel:
 
     def decoder(self, batch: int = 1) -> Decoder:
         """A decoder loop over a fresh cache."""
+        self._check_open()
         return Decoder(self.engine, self.config, self.engine.new_cache(self.capacity, batch), self.prefill_chunk)
 
     def prepare(
@@ -332,7 +341,7 @@ class VisionLanguageModel:
             CapacityError: the prompt is longer than the KV cache.
         """
         images = self.encode_vision(messages, answer_tokens)
-        prompt = self._builder.build(list(messages), [i.grid for i in images])
+        prompt = self._builder.build(messages, [i.grid for i in images])
         if check_length:
             self.check_length(len(prompt.input_ids), sum(len(i.embeds) for i in images))
         positions = position_ids(
@@ -363,7 +372,7 @@ class VisionLanguageModel:
         """Answer a prepared prompt whose first `cached` tokens are already in row 0 of the decoder's cache."""
         self._admission.answers([prompt], config.max_new_tokens, cached)
         row = self._row(prompt, config, time.perf_counter() if started is None else started, 0, cached)
-        return Stream(_pieces(self._loop(decoder).run([row], [prompt])), row)
+        return Stream(self._pieces(self._loop(decoder).run([row], [prompt])), row)
 
     def stream_prompts(
         self, prompts: Sequence[PreparedPrompt], config: GenerationConfig, started: float | None = None
@@ -372,6 +381,13 @@ class VisionLanguageModel:
         started = time.perf_counter() if started is None else started
         rows = [self._row(p, config, started, i) for i, p in enumerate(prompts)]
         return rows, self._loop(self.decoder(len(prompts))).run(rows, prompts)
+
+    def _pieces(self, answered: Generator[tuple[Row, Piece], None, None]) -> Generator[Piece, None, None]:
+        with closing(answered):
+            self._check_open()
+            for _, piece in answered:
+                yield piece
+                self._check_open()  # the next step needs the engine
 
     def _row(
         self, prompt: PreparedPrompt, config: GenerationConfig, started: float, index: int, cached: int = 0
@@ -403,9 +419,3 @@ class VisionLanguageModel:
             f"the prompt is {length} tokens, {length - self.capacity + 1} more than the KV cache of {self.capacity} "
             f"takes with an answer; {', or '.join(advice)}"
         )
-
-
-def _pieces(answered: Generator[tuple[Row, Piece], None, None]) -> Generator[Piece, None, None]:
-    with closing(answered):
-        for _, piece in answered:
-            yield piece

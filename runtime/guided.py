@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevl.runtime.errors import EdgeVLError, EngineError, InputError
-from edgevl.runtime.tokenizer import Tokenizer
+from edgevl.runtime.tokenizer import Tokenizer, check_text
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -183,6 +183,7 @@ def _regex_grammar(regex: object) -> tuple[str, str]:
 
     if not isinstance(regex, str) or not regex:
         raise InputError(f"the regex is {_short(repr(regex))}, expected a pattern such as [0-9]+")
+    check_text(regex, "the regex")
     return LLMatcher.grammar_from_regex(regex), _short(repr(regex))
 
 
@@ -192,6 +193,8 @@ def _choices_grammar(choices: object) -> tuple[str, str]:
     listed = [choices] if isinstance(choices, str) else list(choices) if isinstance(choices, Sequence) else None
     if not listed or not all(isinstance(c, str) and c for c in listed):
         raise InputError(f"choices are {_short(repr(choices))}, expected at least one text, none of them empty")
+    for choice in listed:
+        check_text(choice, "a choice")
     # Lark's strings take JSON's escapes.
     lark = "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in dict.fromkeys(listed))
     return LLMatcher.grammar_from_lark(lark), _short(repr(listed))

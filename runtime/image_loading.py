@@ -11,6 +11,7 @@ import binascii
 import io
 import os
 import re
+import stat
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from edgevl.runtime.errors import InputError
 
-__all__ = ["load_image", "local_path", "url_bytes"]
+__all__ = ["check_source", "load_image", "local_path", "url_bytes"]
 
 MAX_DECODED_PIXELS = 178_956_970  # where Pillow's own limit stands unless a program moves it: 0.7 GB decoded
 _FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
@@ -66,6 +67,32 @@ def load_image(source: str | os.PathLike[str] | bytes | Image.Image | np.ndarray
     if isinstance(source, os.PathLike):
         return _from_file(Path(source), _name(source))
     raise InputError(f"a picture of type {type(source).__name__}; expected a path, bytes, PIL image or numpy array")
+
+
+def check_source(source: str, what: str = "picture", folder: bool = False) -> None:
+    """Whether a path or URL leads to a file, which may be asked before a model is opened; nothing is read of it, as a
+    pipe gives its bytes once.
+
+    Args:
+        folder: a folder is taken too (of a video's frames).
+
+    Raises:
+        InputError: not there, a folder, not readable for this user, an http URL.
+    """
+    name = _name(source)
+    if source[:5].lower() == "data:":
+        return
+    path = local_path(source)
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        raise InputError(f"{name}: not found; check the path of the {what}") from None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{name}: cannot be read ({_reason(e)}); check the path of the {what}") from None
+    if is_folder and not folder:
+        raise InputError(f"{name}: is a folder; expected a picture file ({_FORMATS})")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{name}: Permission denied; make it readable for this user")
 
 
 def _name(source: Any) -> str:

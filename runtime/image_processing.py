@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from edgevl.runtime.errors import CheckpointError, InputError
+from edgevl.runtime.picture_size import explicit_size, smart_resize
 
 __all__ = [
     "ImageProcessorConfig",
@@ -26,10 +27,10 @@ __all__ = [
     "frame_patches",
     "preprocess_frames",
     "preprocess_image",
+    "resized_size",
     "smart_resize",
 ]
 
-MAX_ASPECT_RATIO = 200  # fixed in the reference's smart_resize
 CHANNELS = 3
 _RESCALE_FACTOR = 1 / 255  # of the reference; the released files leave it out
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -156,45 +157,47 @@ class ProcessedImage:
     resized_size: tuple[int, int]
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
-    """(height, width) in pixels that a picture is resized to: multiples of `factor`, area within the limits where the
-    aspect ratio allows it (a thin picture may exceed max_pixels: no side goes below `factor`).
+def resized_size(
+    size: tuple[int, int],
+    config: ImageProcessorConfig,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    resized_height: float | None = None,
+    resized_width: float | None = None,
+) -> tuple[int, int]:
+    """(width, height) that a picture of `size` (width, height) is resized to with the options of its message.
 
-    As smart_resize of transformers' PIL processor, which rounds half to even. qwen_vl_utils differs for sides below
-    factor / 2: it lifts them to `factor` before it looks at the limits, and does not once it shrinks.
+    As in qwen_vl_utils, resized_height and resized_width stand above the picture's shape and all limits of pixels. One
+    without the other, which it drops without a word, is refused.
 
     Raises:
-        InputError: a side of zero, or an aspect ratio over 200.
+        InputError: options out of range, a picture of zero size, an aspect ratio over 200.
     """
-    if height < 1 or width < 1:
-        raise InputError(f"the picture is {width}×{height} pixels; expected at least 1×1")
-    ratio = max(height, width) / min(height, width)
-    if ratio > MAX_ASPECT_RATIO:
-        raise InputError(
-            f"the picture is {width}×{height} pixels, aspect ratio {ratio:.1f}; "
-            f"expected at most {MAX_ASPECT_RATIO}: crop it, or cut it into several pictures"
-        )
-    resized_h, resized_w = round(height / factor) * factor, round(width / factor) * factor
-    if resized_h * resized_w > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
-        resized_h = max(factor, math.floor(height / shrink / factor) * factor)
-        resized_w = max(factor, math.floor(width / shrink / factor) * factor)
-    elif resized_h * resized_w < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        resized_h = math.ceil(height * grow / factor) * factor
-        resized_w = math.ceil(width * grow / factor) * factor
-    return resized_h, resized_w
+    limits = config.with_pixels(min_pixels, max_pixels)
+    if resized_height is not None and resized_width is not None:
+        height, width = explicit_size(resized_height, resized_width, config.factor)
+    elif resized_height is not None or resized_width is not None:
+        raise InputError("resized_height and resized_width go together; expected both or none")
+    else:
+        height, width = smart_resize(size[1], size[0], config.factor, limits.min_pixels, limits.max_pixels)
+    return width, height
 
 
 def preprocess_image(
-    image: Image.Image, config: ImageProcessorConfig, min_pixels: int | None = None, max_pixels: int | None = None
+    image: Image.Image,
+    config: ImageProcessorConfig,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    resized_height: float | None = None,
+    resized_width: float | None = None,
 ) -> ProcessedImage:
     """Resize, normalise and cut one upright RGB picture; it fills every frame of its temporal patch (grid.t is 1).
 
     Raises:
-        InputError: not RGB, zero-size, aspect ratio over 200, pixel limits out of range.
+        InputError: not RGB, zero-size, aspect ratio over 200, options out of range (see `resized_size`).
     """
-    return _process([image], config.with_pixels(min_pixels, max_pixels), "picture")
+    size = resized_size(image.size, config, min_pixels, max_pixels, resized_height, resized_width)
+    return _process([image], size, config, "picture")
 
 
 def preprocess_frames(
@@ -218,20 +221,20 @@ def preprocess_frames(
     if len(sizes) > 1:
         listed = ", ".join(f"{w}×{h}" for w, h in sizes[:5])
         raise InputError(f"the frames of a video have sizes {listed}; expected one size: resize them first")
-    return _process(frames, config.with_pixels(min_pixels, max_pixels), "frame")
+    return _process(frames, resized_size(frames[0].size, config, min_pixels, max_pixels), config, "frame")
 
 
-def _process(frames: Sequence[Image.Image], config: ImageProcessorConfig, what: str) -> ProcessedImage:
-    """Frames of one size to patches; a picture is a video of one frame, which the padding rule repeats."""
+def _process(
+    frames: Sequence[Image.Image], size: tuple[int, int], config: ImageProcessorConfig, what: str
+) -> ProcessedImage:
+    """Frames, resized to `size` (width, height), to patches; a picture is a video of one frame, which the padding rule
+    repeats."""
     for frame in frames:
         if frame.mode != "RGB":
             raise InputError(f"the {what} mode is {frame.mode}, expected RGB; pass it through load_image first")
-    width, height = frames[0].size
-    resized_h, resized_w = smart_resize(height, width, config.factor, config.min_pixels, config.max_pixels)
     per_patch = config.temporal_patch_size
-    grid = VisionGrid(-(-len(frames) // per_patch), resized_h // config.patch_size, resized_w // config.patch_size)
-    pixel_values = frame_patches(frames, (resized_w, resized_h), config)
-    return ProcessedImage(pixel_values, grid, (width, height), (resized_w, resized_h))
+    grid = VisionGrid(-(-len(frames) // per_patch), size[1] // config.patch_size, size[0] // config.patch_size)
+    return ProcessedImage(frame_patches(frames, size, config), grid, frames[0].size, size)
 
 
 def frame_patches(frames: Sequence[Image.Image], size: tuple[int, int], config: ImageProcessorConfig) -> np.ndarray:

@@ -18,6 +18,7 @@ from edgevl.runtime.preflight import Plan, Planner, picture_of
 
 __all__ = ["inspect"]
 
+_MOST = 10**12  # of any number in a plan
 _SIDES = (224, 448, 672, 896, 1344, 1792, 2688, 3584)  # of the squares that --plan shows
 
 
@@ -150,9 +151,11 @@ def _planned(
     count, rows = (1 if images is None else images), (1 if batch is None else batch)
     text = 256 if max_tokens is None else max_tokens
     chunk = DEFAULT_PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
-    for name, value, least in (("images", count, 0), ("batch", rows, 1), ("max-tokens", text, 1), ("chunk", chunk, 1)):
-        if value < least:
-            raise InputError(f"--{name} is {value}, expected at least {least}")
+    numbers = (("images", count, 0), ("batch", rows, 1), ("max-tokens", text, 1), ("prefill-chunk", chunk, 1))
+    for name, value, least in (*numbers, ("max-pixels", 1 if max_pixels is None else max_pixels, 1)):
+        if not least <= value <= _MOST:
+            limit = f"at least {least}" if value < least else f"at most {_MOST}"
+            raise InputError(f"--{name} is {value}, expected {limit}")
     room = parse_size(memory_limit) if memory_limit is not None else available_bytes()
     processor, planner = bundle.image_processor, Planner(bundle, chunk)
     sizes = [max_pixels] if max_pixels is not None else [s * s for s in _SIDES if s * s <= processor.max_pixels]

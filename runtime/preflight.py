@@ -238,7 +238,7 @@ def picture_of(max_pixels: int, factor: int) -> tuple[int, int]:
     Raises:
         InputError: not even one tile fits.
     """
-    side = math.isqrt(max_pixels) // factor
+    side = math.isqrt(max(0, max_pixels)) // factor
     if side < 1:
         raise InputError(f"max_pixels is {max_pixels}, expected at least {factor**2}: one tile of {factor}×{factor}")
     return side * factor, max_pixels // (side * factor) // factor * factor

@@ -25,6 +25,7 @@ import numpy as np
 
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.errors import InputError
+from edgevl.runtime.output_file import write_output
 
 __all__ = ["Machine", "Profile", "bundle_id", "fit", "profile_path"]
 
@@ -81,11 +82,16 @@ class Profile:
         return profile
 
     def save(self, path: Path) -> None:
-        """Write the file, under a temporary name first."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n")
-        partial.replace(path)
+        """Write the file, all of it or nothing, and its folder where there is none.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"{path.parent}: cannot be made ({e.strerror}); choose another output") from None
+        write_output(path, json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def _parse(cls, data: dict[str, Any]) -> Profile:

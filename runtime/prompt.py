@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import jinja2
 import jinja2.exceptions
@@ -23,11 +23,20 @@ from edgevl.runtime.errors import CheckpointError, InputError
 from edgevl.runtime.image_processing import VisionGrid
 from edgevl.runtime.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "Prompt", "PromptBuilder", "VisionInput", "collect_vision", "load_chat_template"]
+__all__ = [
+    "ChatTemplate",
+    "Prompt",
+    "PromptBuilder",
+    "VisionInput",
+    "collect_vision",
+    "is_list",
+    "load_chat_template",
+]
 
 ROLES = ("system", "user", "assistant")
-# Where an item may name its picture or video: the first three as in qwen_vl_utils, the others as in transformers.
-_SOURCE_KEYS = {"image": "image", "image_url": "image", "video": "video", "url": None, "path": None}
+# Where an item may name its picture or video: the first three as in qwen_vl_utils, the others as in transformers
+# (processing_utils.py, apply_chat_template); None: of either.
+_SOURCE_KEYS = {"image": "image", "image_url": "image", "video": "video", "base64": "image", "url": None, "path": None}
 # Settings of one picture or video, as in qwen_vl_utils; handed on to whoever loads it.
 _OPTIONS = (
     *("min_pixels", "max_pixels", "resized_height", "resized_width"),
@@ -61,6 +70,11 @@ class Prompt:
     input_ids: NDArray[np.int64]
     grids: tuple[VisionGrid, ...]
     text: str
+
+
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    """A sequence of things; a text or bytes, sequences of their letters, are one thing."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 
 def collect_vision(messages: Any) -> list[VisionInput]:
@@ -268,7 +282,7 @@ class _Shield:
 
 def _parse_messages(messages: Any) -> tuple[list[dict[str, Any]], list[VisionInput], list[str]]:
     """Check messages; give them as the template may see them (no sources), their vision inputs and their texts."""
-    if not isinstance(messages, (list, tuple)):
+    if not is_list(messages):
         raise InputError(f"messages are a {type(messages).__name__}, expected a list of {{'role', 'content'}}")
     if not messages:
         raise InputError("messages are empty, expected at least one {'role': 'user', 'content': ...}")
@@ -324,10 +338,19 @@ def _parse_item(item: Any, where: str) -> str | VisionInput:
         source = source["url"]
     if source is None:
         raise InputError(f"{where}: {sources[0]} is None, expected a path, URL, bytes, picture or array")
+    if sources[0] == "base64":
+        source = _data_url(source, where)
     unknown = sorted(set(item) - {"type", sources[0], *_OPTIONS})
     if unknown:
         raise InputError(f"{where}: unknown settings {unknown}, expected some of {', '.join(_OPTIONS)}")
     return VisionInput(kind, source, {k: item[k] for k in _OPTIONS if item.get(k) is not None})
+
+
+def _data_url(source: Any, where: str) -> str:
+    """A picture file in base64 as a data: URL, which has its checks and limits; transformers takes whole URLs too."""
+    if not isinstance(source, str):
+        raise InputError(f"{where}: base64 is a {type(source).__name__}, expected the picture file in base64, a string")
+    return source if source[:5].lower() == "data:" else f"data:;base64,{source}"
 
 
 def _count(kinds: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +10,25 @@ from typing import Any
 
 import click
 
+from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.errors import InputError
+from edgevl.runtime.image_loading import check_source
+from edgevl.runtime.output_file import check_output_file, replacing
+from edgevl.runtime.prompt import collect_vision
 from edgevl.runtime.results import Completion
+from edgevl.runtime.tokenizer import check_text
 
-__all__ = ["budget_options", "draw", "guide_options", "guide_settings", "note", "within_budget"]
+__all__ = [
+    "budget_options",
+    "check_drawing",
+    "check_request",
+    "check_words",
+    "draw",
+    "guide_options",
+    "guide_settings",
+    "note",
+    "within_budget",
+]
 
 _Command = Callable[..., Any]
 
@@ -77,9 +93,70 @@ def within_budget(model: Any, messages: list[dict[str, Any]], options: dict[str,
     return choice.messages, started
 
 
+def check_words(prompt: str, system: str | None) -> None:
+    """Refuse a prompt or system prompt that is no text, before the model is opened."""
+    check_text(prompt, "the prompt")
+    if system is not None:
+        check_text(system, "the system prompt")
+
+
+def check_request(messages: list[dict[str, Any]], bundle: Bundle, options: dict[str, Any]) -> None:
+    """What can be known of a request before the model is opened: that its files are there, and its sizes and times in
+    range.
+
+    Raises:
+        InputError: says which is not.
+    """
+    from edgevl.runtime.ttft import parse_seconds
+    from edgevl.runtime.vision import check_options
+
+    for item in collect_vision(messages):
+        check_source(item.source, "picture" if item.kind == "image" else "video", folder=item.kind == "video")
+        check_options(item, bundle.image_processor)
+    if options["ttft_budget"] is not None:
+        parse_seconds(options["ttft_budget"])
+
+
+def check_drawing(images: Sequence[str], output: str) -> None:
+    """Whether `draw` can write its pictures: asked before the model is opened.
+
+    Raises:
+        InputError: no picture to draw on, a name that `check_output_file` refuses, or of no picture's format.
+    """
+    from PIL import Image
+
+    if not images:
+        raise InputError("--draw-boxes needs a picture; pass one with --image")
+    check_output_file(output, "a picture")
+    path = Path(output)
+    for index in range(len(images) if len(images) > 1 else 0):
+        check_output_file(_numbered(path, index), "a picture")
+    try:  # Pillow knows suffixes that it cannot write, and formats without colours
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), _format(path))
+    except (OSError, ValueError, KeyError):
+        raise InputError(
+            f"{path}: no colour pictures are written with the suffix {path.suffix!r}; expected a name such as out.png"
+        ) from None
+
+
+def _format(path: Path) -> str:
+    """Pillow's name of the format that a suffix stands for; KeyError where it knows none."""
+    from PIL import Image
+
+    return Image.registered_extensions()[path.suffix.lower()]
+
+
+def _numbered(path: Path, index: int) -> Path:
+    return path.with_name(f"{path.stem}-{index + 1}{path.suffix}")
+
+
 def draw(images: Sequence[str], completion: Completion, output: Path) -> None:
     """Boxes and points on the pictures that they are about: `output`, or one file per picture, out-1.png, out-2.png,
-    where the answer is about several."""
+    where the answer is about several.
+
+    Raises:
+        InputError: a picture cannot be written.
+    """
     from edgevl.runtime.box_drawing import draw_boxes
     from edgevl.runtime.image_loading import load_image
 
@@ -89,14 +166,12 @@ def draw(images: Sequence[str], completion: Completion, output: Path) -> None:
         return
     shown = sorted({f.image for f in found})
     for index in shown:
-        path = output if len(shown) == 1 else output.with_name(f"{output.stem}-{index + 1}{output.suffix}")
+        path = output if len(shown) == 1 else _numbered(output, index)
         ours = [f for f in found if f.image == index]
         picture = draw_boxes(load_image(images[index]), ours)
-        partial = path.with_name(f".{path.name}.partial{path.suffix}")
-        try:
-            picture.save(partial)
-        except (OSError, ValueError) as e:
-            partial.unlink(missing_ok=True)
-            raise InputError(f"{path}: cannot be written ({e}); expected a picture name such as out.png") from None
-        partial.replace(path)
+        with replacing(path) as partial:
+            try:
+                picture.save(partial, _format(path))
+            except ValueError as e:  # too large for the format
+                raise InputError(f"{path}: cannot be written ({e}); write another format, such as out.png") from None
         note(f"wrote {path} with {len(ours)} boxes")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GenerationConfig", "Sampler", "StopStrings"]
 
+_FLOAT32 = np.finfo(np.float32)
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -57,9 +59,9 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         # One string, or a list, is what callers often have at hand; a str as a tuple would be its letters.
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop, "strings")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        object.__setattr__(self, "eos_token_ids", _tuple("eos_token_ids", self.eos_token_ids, "token ids"))
         if any(not isinstance(s, str) or not s for s in stop):
             raise InputError(f"stop is {list(stop)!r}, expected strings that are not empty")
         _check_int("max_new_tokens", self.max_new_tokens, 1)
@@ -99,6 +101,13 @@ class GenerationConfig:
         return cls(**settings)
 
 
+def _tuple(name: str, value: Any, of: str) -> tuple[Any, ...]:
+    try:
+        return tuple(value)
+    except TypeError:
+        raise InputError(f"{name} is {value!r}, expected a list of {of}") from None
+
+
 def _check_int(name: str, value: object, least: int, hint: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} is {value!r}, expected a whole number of at least {least}{hint}")
@@ -107,7 +116,7 @@ def _check_int(name: str, value: object, least: int, hint: str = "") -> None:
 def _check_float(
     name: str, value: object, least: float = -math.inf, above: float = -math.inf, most: float = math.inf, hint: str = ""
 ) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     if not good or not (least <= value <= most and value > above):  # type: ignore[operator]
         low = f"above {above:g}" if above > -math.inf else f"of at least {least:g}"
         high = f" and at most {most:g}" if most < math.inf else ""
@@ -158,12 +167,15 @@ class Sampler:
     def _penalized(self, logits: NDArray[np.floating], seen_ids: NDArray[np.int64] | None) -> NDArray[np.float32]:
         scores = np.asarray(logits, np.float32)
         _check_logits(scores)
-        penalty = np.float32(self.config.repetition_penalty)
+        penalty = _float32(self.config.repetition_penalty)
         if penalty != 1 and seen_ids is not None and len(seen_ids):
             seen = np.asarray(seen_ids)
             values = scores[seen]
             scores = scores.copy()
-            scores[seen] = np.where(values < 0, values * penalty, values / penalty)
+            with np.errstate(over="ignore"):
+                changed = np.where(values < 0, values * penalty, values / penalty)
+            # An extreme penalty makes a score the highest or lowest there is, not infinite; what is excluded stays so.
+            scores[seen] = np.where(np.isneginf(values), values, np.clip(changed, _FLOAT32.min, _FLOAT32.max))
         return scores
 
     def _weights(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.intp] | None, NDArray[np.float32]]:
@@ -174,9 +186,9 @@ class Sampler:
             ids = np.flatnonzero(scores >= _kth_largest(scores, c.top_k))
             scores = scores[ids]
         # exp of (score - highest) / temperature: the highest is 1, nothing overflows. The difference comes first, so
-        # that a tiny temperature does not overflow either.
+        # that a tiny temperature does not overflow either: in the limit it is greedy, equals shared out.
         with np.errstate(over="ignore"):  # to -inf, a weight of 0
-            weights = np.exp((scores - scores.max()) / np.float32(c.temperature))
+            weights = np.exp((scores - scores.max()) / _float32(c.temperature))
         if c.top_p < 1:
             keep = _nucleus(weights, c.top_p)
             ids, weights = keep if ids is None else ids[keep], weights[keep]
@@ -184,6 +196,11 @@ class Sampler:
             keep = np.flatnonzero(weights >= c.min_p * weights.max())
             ids, weights = keep if ids is None else ids[keep], weights[keep]
         return ids, weights
+
+
+def _float32(value: float) -> np.float32:
+    """A positive number as float32 can hold it: 1e-50 as the least normal one (0 / 0 is NaN), 1e50 as the largest."""
+    return np.float32(min(max(value, float(_FLOAT32.tiny)), float(_FLOAT32.max)))
 
 
 def _check_logits(scores: NDArray[np.float32]) -> None:

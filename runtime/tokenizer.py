@@ -16,7 +16,7 @@ import tokenizers
 
 from edgevl.runtime.errors import CheckpointError, InputError
 
-__all__ = ["GROUNDING_TOKENS", "POINT_TOKENS", "IncrementalDetokenizer", "Tokenizer"]
+__all__ = ["GROUNDING_TOKENS", "POINT_TOKENS", "IncrementalDetokenizer", "Tokenizer", "check_text"]
 
 # The specials that carry an answer's boxes: shown to the parser where the others are dropped.
 GROUNDING_TOKENS = (
@@ -36,6 +36,20 @@ _QWEN2_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+def check_text(text: str, what: str = "the text") -> None:
+    """Refuse what is no text: bytes of a command line that are not UTF-8 reach Python as halves of characters.
+
+    Raises:
+        InputError: names the place.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise InputError(
+            f"{what} holds {text[e.start]!r} at {e.start}, half of a character; expected text that UTF-8 can hold"
+        ) from None
 
 
 class Tokenizer:
@@ -191,12 +205,7 @@ class Tokenizer:
         return out
 
     def _plain(self, text: str) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as e:
-            raise InputError(
-                f"the text holds {text[e.start]!r} at {e.start}, half of a character; expected text that UTF-8 can hold"
-            ) from None
+        check_text(text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(

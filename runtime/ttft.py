@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from edgevl.runtime.doctor import cpu_model
 from edgevl.runtime.engine import Engine
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.image_loading import load_image
-from edgevl.runtime.image_processing import ImageProcessorConfig, VisionGrid, smart_resize
+from edgevl.runtime.image_processing import ImageProcessorConfig, VisionGrid, resized_size
 from edgevl.runtime.preflight import largest_that_fits
 from edgevl.runtime.profile import Machine, Profile, profile_path
 from edgevl.runtime.prompt import collect_vision
@@ -24,6 +24,7 @@ from edgevl.runtime.vision import EncodedImage
 
 __all__ = ["PixelChoice", "choose_pixels", "machine_of", "parse_seconds"]
 
+_EXPLICIT = ("resized_height", "resized_width")
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s)?\s*")
 
 
@@ -73,8 +74,8 @@ def choose_pixels(
 ) -> PixelChoice:
     """The largest `max_pixels` for the pictures of `messages` whose predicted time to first token is in the budget.
 
-    Pictures are loaded first and that time is counted, so that a slow disk or a large file costs pixels. A limit that
-    a message sets itself still holds, and no picture is enlarged for a generous budget.
+    Pictures are loaded first and that time is counted, so that a slow disk or a large file costs pixels. A limit or
+    size that a message sets itself still holds, and no picture is enlarged for a generous budget.
 
     Args:
         budget_s: seconds from `started` (time.perf_counter, now by default) to the first token.
@@ -87,7 +88,7 @@ def choose_pixels(
     if not isinstance(budget_s, (int, float)) or isinstance(budget_s, bool) or not 0 < budget_s < math.inf:
         raise InputError(f"ttft_budget_s is {budget_s!r}, expected seconds above 0")
     started = time.perf_counter() if started is None else started
-    items = collect_vision(list(messages))
+    items = collect_vision(messages)
     if not items or any(item.kind != "image" for item in items):
         raise InputError(
             "a budget for the time to first token chooses the size of pictures; "
@@ -98,15 +99,14 @@ def choose_pixels(
         profile = Profile.load(Path(profile) if profile else profile_path(bundle, machine), bundle, machine)
     processor = bundle.image_processor
     loaded = [i.source if isinstance(i.source, EncodedImage) else load_image(i.source) for i in items]
-    limits = [(i.options.get("min_pixels"), i.options.get("max_pixels")) for i in items]
 
     def sized(max_pixels: int) -> list[tuple[int, int]]:
         """(height, width) of every picture under the limit."""
         return [
             (p.resized_size[1], p.resized_size[0])
             if isinstance(p, EncodedImage)
-            else _resized(p.size, processor, low, high, max_pixels)
-            for p, (low, high) in zip(loaded, limits)
+            else _resized(p.size, processor, item.options, max_pixels)
+            for p, item in zip(loaded, items)
         ]
 
     patch = processor.patch_size
@@ -124,7 +124,8 @@ def choose_pixels(
         return total + profile.seconds("prefill", tokens)
 
     low = max(processor.min_pixels, processor.factor**2)
-    high = max(low, *(h * w for h, w in sized(processor.max_pixels)))
+    # An explicit size, or a picture encoded before, may be above what the others may have.
+    high = max(low, min(processor.max_pixels, max(h * w for h, w in sized(processor.max_pixels))))
     best = largest_that_fits(low, high, lambda pixels: seconds(pixels) <= budget_s)
     if best is None:
         raise InputError(
@@ -135,11 +136,14 @@ def choose_pixels(
 
 
 def _resized(
-    size: tuple[int, int], processor: ImageProcessorConfig, low: int | None, high: int | None, max_pixels: int
+    size: tuple[int, int], processor: ImageProcessorConfig, options: Mapping[str, Any], max_pixels: int
 ) -> tuple[int, int]:
+    """(height, width) of a picture with its message's options; an explicit size stays whatever the limit."""
+    low, high = options.get("min_pixels"), options.get("max_pixels")
     most = min(max_pixels, processor.max_pixels if high is None else high)
-    limits = processor.with_pixels(None if low is None else min(low, most), most)
-    return smart_resize(size[1], size[0], processor.factor, limits.min_pixels, limits.max_pixels)
+    explicit = {k: options[k] for k in _EXPLICIT if k in options}
+    width, height = resized_size(size, processor, None if low is None else min(low, most), most, **explicit)
+    return height, width
 
 
 def _limited(messages: Sequence[dict[str, Any]], loaded: Any, max_pixels: int) -> list[dict[str, Any]]:
@@ -158,6 +162,7 @@ def _limited(messages: Sequence[dict[str, Any]], loaded: Any, max_pixels: int) -
             most = min(max_pixels, item.get("max_pixels") or max_pixels)
             low = item.get("min_pixels")
             options = {"max_pixels": most} | ({} if low is None else {"min_pixels": min(low, most)})
+            options |= {k: item[k] for k in _EXPLICIT if item.get(k) is not None}
             items.append({"type": "image", "image": next(loaded), **options})
         out.append({**message, "content": items})
     return out

@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image
 
 from edgevl.runtime.errors import CapacityError, InputError
-from edgevl.runtime.image_processing import ImageProcessorConfig, VisionGrid, smart_resize
+from edgevl.runtime.image_processing import ImageProcessorConfig, VisionGrid
+from edgevl.runtime.picture_size import explicit_size, smart_resize
 from edgevl.runtime.results import VideoInfo
 from edgevl.runtime.video_reading import VideoSource
 
@@ -34,7 +35,6 @@ MIN_TOKENS, MAX_TOKENS = 128, 768  # of a pair of frames
 TOTAL_TOKENS = 128000 * 0.9  # of a video, in tokens of the merged grid
 LEAST_TOKENS = 32  # of a pair: where the cache is small, pictures shrink to this before frames are dropped
 _SAMPLING = ("fps", "nframes", "min_frames", "max_frames")
-_EXPLICIT_TOKENS = 4, 16384  # limits of an explicit resized_height × resized_width
 
 
 @dataclass(frozen=True)
@@ -217,13 +217,11 @@ def frame_size(
         InputError: an aspect ratio over 200, max_pixels below one tile.
     """
     width, height = size
-    factor, tile = config.factor, config.factor**2
     if options.resized_height is not None and options.resized_width is not None:
-        low, high = (limit * tile for limit in _EXPLICIT_TOKENS)
-        h, w = smart_resize(int(options.resized_height), int(options.resized_width), factor, low, high)
+        h, w = explicit_size(options.resized_height, options.resized_width, config.factor)
         return w, h
     low, high = pixel_limits(frames, options, config)
-    h, w = smart_resize(height, width, factor, low, high)
+    h, w = smart_resize(height, width, config.factor, low, high)
     return w, h
 
 

@@ -25,7 +25,7 @@ from edgevl.runtime.image_processing import (
     VisionGrid,
     frame_patches,
     preprocess_image,
-    smart_resize,
+    resized_size,
 )
 from edgevl.runtime.mrope import vision_rotary_rows
 from edgevl.runtime.prompt import VisionInput
@@ -33,10 +33,10 @@ from edgevl.runtime.results import VideoInfo
 from edgevl.runtime.video import VideoOptions, VideoPlan, frame_groups, plan_video
 from edgevl.runtime.video_reading import DEFAULT_FPS, VideoSource, open_video
 
-__all__ = ["EncodedImage", "VisionStage", "preprocess_vision"]
+__all__ = ["EncodedImage", "VisionStage", "check_options", "preprocess_vision"]
 
 _PATCHES_PER_CALL = 4096  # frames of a video go through in groups of this many patches, to bound memory
-_OPTIONS = ("min_pixels", "max_pixels")
+_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")  # of a picture
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ class VisionStage:
         started = time.perf_counter()
         options = _options(item)
         picture = load_image(item.source)
-        config = self._processor.with_pixels(**options)
-        height, width = smart_resize(picture.height, picture.width, config.factor, config.min_pixels, config.max_pixels)
+        config = self._processor
+        width, height = resized_size(picture.size, config, **options)
         key = picture_key(picture, config, (width, height))
         embeds = self.cache.get(key)
         cached = embeds is not None
         if embeds is None:
-            processed = preprocess_image(picture, self._processor, **options)
+            processed = preprocess_image(picture, config, **options)
             self._admit(processed.grid, processed.resized_size)
             done = time.perf_counter()
             embeds = self.run(processed)
@@ -213,6 +213,18 @@ def preprocess_vision(item: VisionInput, processor: ImageProcessorConfig) -> Pro
             pixels = np.concatenate(list(_pixels(source, plan, processor)))
             return ProcessedImage(pixels, plan.grid, source.size, plan.size)
     return preprocess_image(load_image(item.source), processor, **_options(item))
+
+
+def check_options(item: VisionInput, processor: ImageProcessorConfig) -> None:
+    """Whether the options beside a picture or video can be; its source is not looked at.
+
+    Raises:
+        InputError: an option that does not exist or is out of range.
+    """
+    if item.kind == "video":
+        VideoOptions.of(item.options)
+    else:
+        resized_size((processor.factor, processor.factor), processor, **_options(item))
 
 
 def _options(item: VisionInput) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import click
 
 from edgevl.runtime.commands import _engine_options, _open, _sampling, _sampling_options, note
 from edgevl.runtime.errors import InputError
+from edgevl.runtime.run_options import check_words
 
 __all__ = ["watch"]
 
@@ -83,6 +84,7 @@ def watch(bundle: str, prompt: str, source: str, **options: Any) -> int:
     from edgevl.runtime.watch import watch as answers
     from edgevl.runtime.watch_sources import open_source
 
+    check_words(prompt, options["system"])
     picture = {k: options[k] for k in ("min_pixels", "max_pixels") if options[k] is not None}
     frames, every = options["max_frames_per_answer"], options["every"]
     wanted = WatchOptions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -303,6 +304,37 @@ def test_the_table_is_on_stdout_and_nothing_else(measured):
     assert "TTFT s" in out and "picture*" in out and "batch-4*: 1 × 56×84, 16 text tokens, 3 new, 4 at once" in out
     assert "ceilings" not in out and "ceilings" in measured[0].stderr
     assert max(map(len, out.splitlines())) <= 120
+
+
+def test_auto_is_told_once_for_a_bundle(tiny: Pair, tmp_path):
+    """Not once for each process, and the processes are told what was chosen."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny.bundle, other)
+    sizes = ("--size", "56x56", "--new-tokens", 2, "--requests", 1, "--rounds", 2, "--threads", 1)
+    done = edgevl("bench", tiny.bundle, other, "--engine", "auto", *sizes, "--json", tmp_path / "r.jsonl")
+    assert done.returncode == 0, done.stderr
+    for name in (tiny.bundle.name, "other"):
+        told = [line for line in done.stderr.splitlines() if line.startswith(f"{name}: engine: ort-cpu (")]
+        assert len(told) == 1 and "; not tensorrt: " in told[0]
+    assert {c["engine"] for c in read_lines(tmp_path / "r.jsonl")} == {"ort-cpu"}
+    shown = edgevl("bench", "--help").stdout
+    assert "auto, ort-cpu" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-5"])  # neither has the sign of multiplication
+def test_tables_print_with_any_encoding(measured, encoding):
+    """In a process of its own: the encoding is that of its stdout."""
+    code = (
+        "import sys; from pathlib import Path; from edgevl.runtime.cli import forgive_encodings; forgive_encodings()\n"
+        "from edgevl.benchmarks.report import print_table, read_lines; print_table(read_lines(Path(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, measured[1] / "r.jsonl"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        check=False,
+    )
+    assert done.returncode == 0 and b"TTFT s" in done.stdout and b"16 text tokens" in done.stdout, done.stderr
 
 
 def test_the_page_needs_nothing_beside_it(measured):

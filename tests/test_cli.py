@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,9 @@ from conftest import USABLE, Pair
 from PIL import Image
 
 from edgevl.runtime import cli
+from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.errors import InputError
+from edgevl.runtime.image_loading import check_source
 
 
 def edgevl(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -128,9 +132,85 @@ def test_bad_input_is_one_line_and_status_2(
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+EARLY = [
+    (["--image", "{tmp}/absent.png"], "absent.png': not found; check the path of the picture"),
+    (["--image", "{tmp}"], "is a folder; expected a picture file"),
+    (["--image", "{photo}/x.png"], "cannot be read (Not a directory); check the path of the picture"),
+    (["--image", "http://x/y.png"], "edgevl fetches nothing"),
+    (["--video", "{tmp}/absent.mp4"], "absent.mp4': not found; check the path of the video"),
+    (["--image", "{photo}", "--max-pixels", "5"], "max_pixels is 5"),
+    (["--image", "{photo}", "--min-pixels", "9000", "--max-pixels", "1000"], "min_pixels is 9000, max_pixels 1000"),
+    (["--image", "{photo}", "--ttft-budget", "soon"], "a time budget of 'soon'"),
+    (["--video", "{tmp}", "--fps", "-1"], "fps is -1.0"),
+    (["--temperature", "-1"], "temperature is -1.0"),
+    (["--top-p", "3"], "top_p is 3.0"),
+    (["--seed", "-1"], "seed is -1"),
+    (["--lookup", "-1"], "lookup_tokens is -1"),
+    (["--stop", ""], "stop is ['']"),
+    (["--system", "\udcff"], "the system prompt holds '\\udcff' at 0, half of a character"),
+    (["--capacity", "0"], "capacity is 0"),
+    (["--threads", "0"], "threads is 0"),
+    (["--prefill-chunk", "0"], "prefill chunk is 0"),
+    (["--image-cache-mb", "-1"], "image_cache_mb is -1.0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), EARLY, ids=[ascii(" ".join(a)) for a, _ in EARLY])
+def test_what_can_be_known_is_told_before_the_model_is_opened(
+    tiny: Pair, tmp_path: Path, photo: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    """With engine auto, whose line would come before the error."""
+    names = {"tmp": tmp_path, "photo": photo}
+    assert cli.run(["run", str(tiny.bundle), "hi", *(a.format(**names) for a in arguments)]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_chat_and_watch_check_first_too(tiny: Pair, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for command in (["chat", str(tiny.bundle)], ["watch", str(tiny.bundle), "x", "--source", str(tmp_path)]):
+        for arguments, message in ((["--top-p", "3"], "top_p is 3.0"), (["--system", "\udcff"], "half of a character")):
+            assert cli.run([*command, *arguments]) == 2
+            err = capfd.readouterr().err
+            assert err.count("\n") == 1 and message in err
+
+
+def test_a_picture_that_may_not_be_read(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read anything
+    with pytest.raises(InputError, match="Permission denied; make it readable for this user"):
+        check_source(str(photo))
+    check_source("data:image/png;base64,AA==")
+
+
+def test_a_picture_from_a_pipe_is_read_once(tiny: Pair, photo: Path) -> None:
+    command = f"{sys.executable} -m edgevl.runtime run {tiny.bundle} hi --image <(cat {photo}) --max-new-tokens 2"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_verify_without_golden_vectors(tiny: Pair) -> None:
     done = edgevl("verify", tiny.bundle)
     assert done.returncode == 2 and "--against" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_export_that_verified_nothing_says_so(
+    tiny: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    export = ["export", str(tiny.checkpoint), "--precision", "fp32", "-o"]
+    assert cli.run([*export, str(tmp_path / "small"), "--max-tokens", "1"]) == 0
+    err = capfd.readouterr().err
+    assert err.splitlines()[-1] == (
+        "nothing was verified: no golden case fits into 1 tokens; export with a larger --max-tokens"
+    )
+    assert "golden case 'text' left out" in err
+    monkeypatch.setattr("edgevl.export.verify.host_missing", lambda: "torch not installed here")
+    assert cli.run([*export, str(tmp_path / "bare")]) == 0
+    err = capfd.readouterr().err
+    assert err == (
+        "nothing was verified: no golden vectors: torch not installed here; on a workstation: "
+        f"edgevl verify BUNDLE --against {tiny.checkpoint}\n"
+    )
+    assert cli.run([*export, str(tmp_path / "asked"), "--no-verify"]) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_drift_is_status_1(tiny: Pair, tmp_path: Path) -> None:
@@ -166,6 +246,44 @@ def test_broken_pipe_is_quiet(tiny: Pair) -> None:
     command = f"{sys.executable} -m edgevl.runtime inspect {tiny.bundle} | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == "" and done.stdout.startswith("bundle")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("command", ["inspect {bundle}", "inspect {bundle} --json", "run {bundle} hi", "--help"])
+def test_a_full_disk_behind_stdout_is_no_bug(tiny: Pair, command: str) -> None:
+    command = f"{sys.executable} -m edgevl.runtime {command.format(bundle=tiny.bundle)} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert last == (
+        "edgevl: error: standard output or an open file: No space left on device; free some space, or write elsewhere"
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (OSError(errno.EIO, "Input/output error", "x.onnx"), 2, "x.onnx: Input/output error; the machine refused it"),
+        (PermissionError(errno.EACCES, "Permission denied", "t"), 2, "t: Permission denied; the machine refused it"),
+        (MemoryError("Unable to allocate 8 GiB"), 2, "out of memory (Unable to allocate 8 GiB); free some"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "d"), 1, "unexpected IsADirectoryError"),  # ours to foresee
+    ],
+)
+def test_errors_of_the_machine(
+    tiny: Pair,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+    status: int,
+    message: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Bundle, "open", fail)
+    assert cli.run(["inspect", str(tiny.bundle)]) == status
+    err = capfd.readouterr().err
+    assert message in err and err.count("\n") == 1 and ("a bug" in err) == (status == 1)
 
 
 def test_interrupt_is_130(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,13 +220,85 @@ def test_prompt_beyond_capacity_says_by_how_much(tiny: Pair) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"capacity": 0}, "capacity is 0"), ({"capacity": 10**6}, "expected 1 to 2048"), ({"threads": 0}, "threads")],
+    [
+        ({"capacity": 0}, "capacity is 0"),
+        ({"capacity": 10**6}, "expected 1 to 2048"),
+        ({"threads": 0}, "threads"),
+        ({"image_cache_mb": -1}, "image_cache_mb is -1"),
+    ],
 )
 def test_bad_options(tiny: Pair, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         VisionLanguageModel.open(tiny.bundle, "ort-cpu", **options)
     with pytest.raises(InputError, match="prefill chunk"):
         tiny.open(prefill_chunk=0).generate(CASES["text"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (None, "a NoneType"),
+        (5, "a int"),
+        ("hello", "a str"),
+        ({"role": "user", "content": "x"}, "a dict"),
+        ([], "empty"),
+    ],
+)
+def test_messages_that_are_no_list(tiny: Pair, wrong: Any, message: str) -> None:
+    with tiny.open() as model:
+        calls = [model.generate, model.stream, model.prepare, model.encode_vision, lambda m: model.generate_batch([m])]
+        for call in calls:
+            with pytest.raises(InputError, match=f"messages are {message}"):
+                call(wrong)
+        for batch in (None, 5, "hello", {}):
+            with pytest.raises(InputError, match=r"conversations are a .*, expected a list of lists of messages"):
+                model.generate_batch(batch)  # type: ignore[arg-type]
+        assert model.generate(tuple(CASES["text"]), max_new_tokens=1).text is not None  # any sequence will do
+
+
+@pytest.mark.parametrize("wrong", ["receipt.png", b"bytes", A, None, {"image": A}, np.zeros((4, 4, 3), np.uint8)])
+def test_one_picture_where_a_list_is_expected(tiny: Pair, wrong: Any) -> None:
+    with tiny.open() as model:
+        chat = model.chat()
+        for name, one in (("images", "pictures"), ("videos", "videos")):
+            with pytest.raises(InputError, match=rf"{name} is a \w+, expected a list of {one}: {name}=\[\.\.\.\]"):
+                chat.send("What is this?", **{name: wrong})
+        chat.send("What is this?", images=[A], max_new_tokens=2)
+        if wrong is not None:
+            with pytest.raises(InputError, match="images is a"):
+                chat.edit("And this?", images=wrong)
+
+
+def test_a_closed_model_says_so(tiny: Pair) -> None:
+    with tiny.open() as model:
+        chat = model.chat()
+        chat.send("Read the text.", max_new_tokens=2)
+        prompt, config, decoder = model.prepare(CASES["text"]), model.generation_config(), model.decoder()
+        stream = model.stream(CASES["text"], max_new_tokens=5, eos_token_ids=(-1,))
+        spoken = model.chat().stream("Read.", max_new_tokens=5, eos_token_ids=(-1,))
+        for started in (stream, spoken):
+            next(started)
+    asked = CASES["one picture"]
+    for call in (
+        lambda: model.generate(asked),
+        lambda: model.stream(CASES["text"]),
+        lambda: model.generate_batch([asked]),
+        lambda: model.prepare(CASES["text"]),
+        lambda: model.locate(A, "the box"),
+        lambda: model.encode_image(A),
+        lambda: model.encode_video(FRAMES),
+        lambda: model.decoder(),
+        lambda: model.stream_prompt(prompt, config, decoder).completion,
+        lambda: chat.send("And now?"),
+        lambda: chat.send("And this?", images=[A]),
+        lambda: chat.edit("And now?"),
+        lambda: model.chat().send("x"),
+        lambda: list(stream),
+        lambda: list(spoken),
+    ):
+        with pytest.raises(EngineError, match=r"the model is closed; ask inside its `with` block, or open it again"):
+            call()
+    model.close()  # again
 
 
 def test_empty_batch_and_empty_video(tiny: Pair) -> None:

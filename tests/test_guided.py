@@ -176,6 +176,12 @@ def test_a_schema_as_text_or_true_is_taken(model: VisionLanguageModel) -> None:
         ({"regex": "("}, "unclosed group"),
         ({"regex": "a(?=b)"}, "look-around"),
         ({"regex": ""}, "the regex is '', expected a pattern"),
+        (
+            {"regex": "a\udcff"},
+            r"the regex holds '\udcff' at 1, half of a character; expected text that UTF-8 can hold",
+        ),
+        ({"choices": ["a", "\udcff"]}, r"a choice holds '\udcff' at 0, half of a character"),
+        ({"json_schema": {"enum": ["\udcff"]}}, "expected plain JSON values"),
         ({"regex": 5}, "expected a pattern"),
         ({"choices": []}, "at least one text"),
         ({"choices": ["a", ""]}, "none of them empty"),

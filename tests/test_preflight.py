@@ -340,11 +340,17 @@ def test_inspect_plan(bundles: dict[str, Path], capsys: pytest.CaptureFixture[st
     assert "none" in capsys.readouterr().out
     for arguments, message in (
         (["--max-pixels", "100"], "expected at least 784"),
+        (["--max-pixels", "-5"], "--max-pixels is -5, expected at least 1"),
+        (["--max-pixels", "-5", "--images", "0"], "--max-pixels is -5"),
+        (["--max-pixels", "9" * 400], "expected at most 1000000000000"),
+        (["--prefill-chunk", "0"], "--prefill-chunk is 0, expected at least 1"),
         (["--batch", "0"], "--batch is 0, expected at least 1"),
         (["--memory-limit", "x"], "expected a size"),
     ):
         assert cli.run([*base, *arguments]) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(InputError, match="max_pixels is -5, expected at least 784"):
+        picture_of(-5, 28)
     assert cli.run(["inspect", str(bundles["int4"]), "--batch", "2"]) == 2
     assert "--batch goes with --plan" in capsys.readouterr().err
 

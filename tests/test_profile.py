@@ -159,6 +159,20 @@ def test_limits_of_the_message_hold(model: VisionLanguageModel) -> None:
     assert messages[0]["content"][0]["max_pixels"] == 28 * 28 * 9  # the caller's own are untouched
 
 
+def test_explicit_sizes_of_the_message_stay(model: VisionLanguageModel) -> None:
+    """Beyond the checkpoint's own limit too; the other picture keeps to that."""
+    sized = {"resized_height": 364, "resized_width": 336}
+    most = model.bundle.image_processor.max_pixels
+    assert most < 364 * 336
+    both = [{"type": "image", "image": Image.new("RGB", (600, 600)), **o} for o in (sized, {})]
+    messages = [{"role": "user", "content": [*both, {"type": "text", "text": "Read the text."}]}]
+    choice = model.choose_pixels(messages, 60.0, synthetic(model.bundle))
+    first, second = (i.resized_size for i in model.prepare(choice.messages).images)
+    assert first == (336, 364) and second[0] * second[1] <= most == choice.max_pixels
+    with pytest.raises(InputError, match="cannot be met"):  # it cannot shrink
+        model.choose_pixels(messages[:1], 0.02, synthetic(model.bundle, speed=SLOW))
+
+
 def test_encoded_pictures_cost_their_tokens_only(model: VisionLanguageModel) -> None:
     picture = model.encode_image(Image.new("RGB", (280, 280)))
     choice = model.choose_pixels(ask(picture), 60.0, synthetic(model.bundle))

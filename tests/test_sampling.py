@@ -142,6 +142,42 @@ def test_greedy_obeys_the_repetition_penalty_only():
     assert logits.tolist() == pytest.approx([3.0, 2.9, -1.0])  # the caller's array is left alone
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-50, 1e-300, 5e-324])
+def test_the_limit_of_small_temperatures_is_greedy(temperature):
+    logits = logits_of(0)
+    for _ in range(2):
+        best = int(np.argmax(logits))
+        cold = sampler(temperature=temperature, top_p=0.9, min_p=0.1)
+        assert [cold.next(logits) for _ in range(3)] == [best] * 3
+        np.testing.assert_array_equal(cold.probabilities(logits), np.eye(VOCAB)[best])
+        logits = np.where(logits == logits[best], -np.inf, logits)  # as a form that holds the answer leaves them
+    logits[[3, 7]] = logits.max() + 1  # equals share
+    got = sampler(temperature=temperature).probabilities(logits)
+    assert got[3] == got[7] == 0.5 and got.sum() == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e30, 1e38, 1e50, 1e300, 10**400])
+def test_the_limit_of_large_temperatures_is_flat(temperature):
+    logits = logits_of(0)
+    logits[5:] = -np.inf
+    got = sampler(temperature=temperature).probabilities(logits)
+    np.testing.assert_allclose(got[:5], 0.2, rtol=1e-6)
+    assert not got[5:].any()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("penalty", "first"), [(1e-50, True), (1e-300, True), (1e50, False), (1e300, False)])
+def test_extreme_penalties_stay_finite(penalty, first):
+    logits, seen = np.array([1.0, 2.0, 3.0, -1.0, -np.inf, 0.0], np.float32), np.array([1, 4, 5])
+    greedy = Sampler(GenerationConfig(repetition_penalty=penalty))
+    assert greedy.next(logits, seen) == (1 if first else 2)
+    got = sampler(repetition_penalty=penalty).probabilities(logits, seen)
+    assert np.isfinite(got).all() and got[4] == 0 and got.sum() == pytest.approx(1)
+    assert got.argmax() == (1 if first else 2)
+
+
 # drawing
 
 
@@ -284,6 +320,8 @@ def test_speed_over_the_full_vocabulary():
         ({"do_sample": 1}, "do_sample is 1, expected True or False"),
         ({"stop": ("a", "")}, r"stop is \['a', ''\], expected strings that are not empty"),
         ({"stop": (3,)}, r"stop is \[3\]"),
+        ({"stop": 3}, "stop is 3, expected a list of strings"),
+        ({"eos_token_ids": 3}, "eos_token_ids is 3, expected a list of token ids"),
     ],
 )
 def test_settings_out_of_range(options, message):
