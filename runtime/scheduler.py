@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgevl.runtime.errors import CapacityError, EdgeVLError
+from edgevl.runtime.errors import EdgeVLError
 from edgevl.runtime.results import Completion
 from edgevl.runtime.sampling import GenerationConfig
 from edgevl.runtime.serve_metrics import Metrics
@@ -33,7 +33,7 @@ _LONGEST_WAIT_S = 60  # most seconds that a refused client is asked to stay away
 
 
 class BusyError(EdgeVLError):
-    """A request that cannot be taken now: the queue is full, there is no memory, or the server is ending."""
+    """A request that cannot be taken now: the queue is full, or the server is ending."""
 
     def __init__(self, message: str, full: bool = False, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -67,8 +67,8 @@ Read = Callable[[], Sequence[dict[str, Any]]]
 class Job:
     """One request.
 
-    read: gives its messages with all pictures decoded; runs in the reader thread, and raises InputError where a picture
-        cannot be used.
+    read: gives its messages with all pictures decoded; runs once, in the reader thread, and raises InputError where
+        something cannot be used.
     generation: settings of `VisionLanguageModel.stream`.
     deliver: takes the events, in order, in a thread of the scheduler; must not block. Done or Failed is the last.
         None need come after `cancel`.
@@ -197,7 +197,8 @@ class Scheduler:
                 if job.cancelled.is_set():
                     self._end(job)
                     continue
-                ready = _Ready(job, job.read(), self._model.generation_config(**job.generation))
+                messages, job.read = job.read(), _was_read  # which may hold megabytes
+                ready = _Ready(job, messages, self._model.generation_config(**job.generation))
             except Exception as e:
                 self._end(job, Failed(e))
                 continue
@@ -234,25 +235,24 @@ class Scheduler:
             self._leave(row, Failed(_given_up()))
 
     def _admit(self) -> None:
-        """Prefill what is ready while there are rows; waits for a request only where there is nothing else to do."""
-        while len(self._running) < self.max_batch and not self._stop:
-            try:
-                ready = self._ready.get(block=not self._running, timeout=_POLL_S)
-            except queue.Empty:
-                return
-            if ready.job.cancelled.is_set():
-                self._end(ready.job)
-            else:
-                self._join(ready)
+        """Prefill a request that is ready, where there is a row; one at a time, so that running answers get a token
+        between two of them. Waits for one only where there is nothing else to do."""
+        if len(self._running) == self.max_batch:
+            return
+        try:
+            ready = self._ready.get(block=not self._running, timeout=_POLL_S)
+        except queue.Empty:
+            return
+        if ready.job.cancelled.is_set():
+            self._end(ready.job)
+        else:
+            self._join(ready)
 
     def _join(self, ready: _Ready) -> None:
         job, model = ready.job, self._model
         try:
             prompt = model.prepare(ready.messages, ready.config.max_new_tokens)
-            try:
-                row = model.row(prompt, ready.config, started=job.arrived)
-            except CapacityError as e:  # of memory, which other answers may be holding
-                raise BusyError(str(e)) from None
+            row = model.row(prompt, ready.config, started=job.arrived)
             piece = self._loop.join(row, prompt)
         except Exception as e:
             self._note(e)
@@ -307,6 +307,10 @@ class Scheduler:
         """An unexpected failure of the engine makes the server unhealthy until a call succeeds again."""
         if not isinstance(error, EdgeVLError):
             self._broken = f"the engine failed: {type(error).__name__}"
+
+
+def _was_read() -> Sequence[dict[str, Any]]:
+    raise RuntimeError("a job is read once")
 
 
 def _given_up() -> BusyError:

@@ -90,7 +90,7 @@ class _Api:
             with suppress(RuntimeError):  # the server has ended, and its loop is closed
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        job = Job(lambda: self._reader.read(asked.messages), asked.generation, deliver)
+        job = Job(lambda: self._reader.read(asked), asked.generation, deliver)
         self._scheduler.submit(job)
         return _Answer(job, events, AnswerHead(self._settings.model, asked.include_usage), asked.stream, self.answer)
 

@@ -1,4 +1,4 @@
-"""What a request's messages bring, read and measured before it reaches the model: pictures decoded, length bounded.
+"""What a request brings, read and measured before it reaches the model: pictures decoded, length and forms bounded.
 
 Runs in the scheduler's reader thread, so that neither the event loop nor the model waits for a picture.
 """
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from edgevl.runtime.errors import InputError
+from edgevl.runtime.guide_probe import GuideProbe
 from edgevl.runtime.image_loading import MAX_DECODED_PIXELS, load_image, local_path
 from edgevl.runtime.image_processing import smart_resize
-from edgevl.runtime.serve_request import PictureUrl, RequestError
+from edgevl.runtime.serve_request import ChatRequest, PictureUrl, RequestError
 
 if TYPE_CHECKING:
     from edgevl.runtime.generation import VisionLanguageModel
@@ -32,25 +33,41 @@ class MessageReader:
     Args:
         folder: the one folder whose files requests may name; None: none.
         file_bytes: the largest file that is read.
+        form_s: seconds that the preparation of a JSON schema may take.
 
     Raises:
         InputError: a folder that is none.
     """
 
-    def __init__(self, model: VisionLanguageModel, folder: str | Path | None = None, file_bytes: int = 2**25) -> None:
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        folder: str | Path | None = None,
+        file_bytes: int = 2**25,
+        form_s: float = 3.0,
+    ) -> None:
         self._model, self._file_bytes = model, file_bytes
         self._processor = model.bundle.image_processor
+        text, eos = model.config.text, model.config.tokens.eos_token_ids
+        self._probe = GuideProbe(model.bundle.path("tokenizer.json"), text.vocab_size, tuple(eos), form_s)
         self._folder = None if folder is None else Path(folder).resolve()
         if self._folder is not None and not self._folder.is_dir():
             raise InputError(f"--allow-files {folder}: not a folder; expected the folder that requests may read from")
 
-    def read(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The same messages with a decoded picture for every PictureUrl.
+    def read(self, asked: ChatRequest) -> list[dict[str, Any]]:
+        """The messages with a decoded picture for every PictureUrl.
 
         Raises:
-            RequestError: a picture that cannot be used, or more pixels together than one picture may have.
+            RequestError: a picture that cannot be used, more pixels together than one picture may have, a JSON schema
+                that cannot be used.
             CapacityError: more tokens than the KV cache holds, told before anything is encoded.
         """
+        messages = asked.messages
+        if "json_schema" in asked.generation:
+            try:
+                self._probe.check(asked.generation["json_schema"])
+            except InputError as e:
+                raise RequestError(str(e), "response_format") from None
         texts = [t for m in messages for t in _texts(m["content"])]
         if sum(map(len, texts)) > _CHARACTERS_PER_TOKEN * self._model.capacity:
             self._model.check_length(sum(len(self._model.tokenizer.encode(t, specials=False)) for t in texts), 0)

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgevl.runtime.errors import CapacityError, InputError
+from edgevl.runtime.errors import CapacityError, InputError, MemoryLimitError
 from edgevl.runtime.results import Completion, Usage
 from edgevl.runtime.scheduler import BusyError
 from edgevl.runtime.serve_request import RequestError
@@ -73,6 +73,8 @@ def failure(error: Exception) -> Failure:
         if error.full:
             return Failure.of(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=wait)
         return Failure.of(503, str(error), "server_error", code="unavailable", headers=wait)
+    if isinstance(error, MemoryLimitError):  # other answers may be holding it
+        return Failure.of(503, str(error), "server_error", code="unavailable", headers={"Retry-After": "5"})
     if isinstance(error, CapacityError):
         return Failure.of(400, str(error), param="messages", code="context_length_exceeded")
     if isinstance(error, InputError):

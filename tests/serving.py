@@ -74,7 +74,7 @@ def serving(
         metrics = Metrics()
         chosen = ServeSettings(**{"model": NAME, "note": notes.append, "files": allow_files is not None, **settings})
         scheduler = Scheduler(model, max_batch, max_queue, metrics)
-        reader = MessageReader(model, allow_files, chosen.max_body_bytes)
+        reader = MessageReader(model, allow_files, chosen.max_body_bytes, form_s=1)
         http = HttpServer(build_app(chosen, scheduler, reader, metrics), listener, grace=5)
         try:
             with httpx.Client(base_url=http.url, timeout=30) as client:

@@ -301,3 +301,29 @@ def test_metrics(bundle: Path) -> None:
     assert buckets == sorted(buckets)
     kinds = dict(re.findall(r"^# TYPE (\w+) (\w+)$", response.text, re.MULTILINE))
     assert kinds[first] == "histogram" and kinds["edgevl_requests_running"] == "gauge"
+
+
+# ------------------------------------------------------------------------------------------- forms
+
+
+def test_schemas_that_would_never_be_ready(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(schema: dict[str, Any]) -> httpx.Response:
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return server.ask({"messages": user("How many?"), "response_format": form, "max_tokens": 8})
+
+    patterns = [{"type": "string", "pattern": f"^([ab]*{'a' * i}[ab]*)$"} for i in range(1, 30)]
+    for schema in ({"type": "integer", "multipleOf": 99_999_999}, {"allOf": patterns}):
+        refused = ask(schema)
+        assert "takes longer than 1 s to prepare; simplify" in error(refused, 400)
+        assert refused.json()["error"]["param"] == "response_format"
+    assert "Invalid type: nope" in error(ask({"allOf": [{"type": "nope"}]}), 400)
+    assert "cannot be followed" in error(ask({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}), 400)
+    five = {"type": "string", "pattern": "^a{5}$"}
+    with monkeypatch.context() as patch:
+        assert ask(five).json()["choices"][0]["message"]["content"] == '"aaaaa"'
+        patch.setattr("sys.executable", "/bin/false")  # known now: no process is needed
+        assert ask(five).json()["choices"][0]["message"]["content"] == '"aaaaa"'
+        assert ask({"type": "integer", "minimum": 0, "maximum": 9}).status_code == 200  # cheap: nor for this
+        error(ask({"type": "string", "pattern": "^b{5}$"}), 500, "internal_error")
+    assert "EngineError: the process that tries JSON schemas has not started" in server.notes.pop()
+    assert not server.notes
