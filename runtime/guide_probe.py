@@ -74,10 +74,10 @@ class GuideProbe:
             raise InputError(told)
 
     def _ask(self, process: subprocess.Popen[bytes], text: str) -> str | None:
-        assert process.stdin is not None
         try:
-            process.stdin.write(text.encode() + b"\n")
-            process.stdin.flush()
+            if process.stdin is not None:
+                process.stdin.write(text.encode() + b"\n")
+                process.stdin.flush()
             told = _line(process, self._limit_s)
         except BrokenPipeError:
             told = None
@@ -91,7 +91,8 @@ class GuideProbe:
 
 def _line(process: subprocess.Popen[bytes], seconds: float) -> str | None:
     """A line that the process writes within so many seconds; None: it did not, or has ended."""
-    assert process.stdout is not None
+    if process.stdout is None:
+        return None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         if not selector.select(seconds):

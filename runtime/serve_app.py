@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -138,6 +140,8 @@ class _Api:
         told = failure(error)
         if told.status == 500:
             self._settings.note(f"edgevl serve: {type(error).__name__}: {' '.join(str(error).split())}")
+            if os.environ.get("EDGEVL_DEBUG") == "1":
+                self._settings.note("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         return told
 
 

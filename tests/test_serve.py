@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +14,10 @@ import jsonschema
 import openai
 import pytest
 from PIL import Image
-from serving import LONG, NAME, QUESTIONS, Server, demo_bundle, long, open_model, ours, serving, until, user
+from serving import NAME, QUESTIONS, Server, demo_bundle, long, open_model, ours, serving, until, user
 
 from edgevl.runtime.results import Completion
+from edgevl.runtime.scheduler import Event, Job, Text
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_a_client_that_leaves_takes_its_answer_along(server: Server, stream: boo
     else:
         with pytest.raises(httpx.ReadTimeout):
             server.client.post("/v1/chat/completions", json={"model": NAME, **long()}, timeout=0.3)
-    until(lambda: server.scheduler.running == 0, 2)
+    until(lambda: server.scheduler.running == 0, 5)
     assert 0 < tokens() - before < 3000
     assert not server.notes
 
@@ -258,6 +258,30 @@ def test_a_full_queue_says_when_to_come_again(bundle: Path, alone: list[Completi
         assert server.client.get("/health").status_code == 200  # busy is not ill
         assert first.result().status_code == 200 and second.result() == alone[3].text
         assert server.ask({"messages": user("How many stars?")}).status_code == 200
+
+
+def test_first_come_first_served_and_none_is_starved(bundle: Path) -> None:
+    """All seen from the worker: requests begin as they came, and a running answer gets a token between the beginnings
+    of two others."""
+    begun: list[tuple[str, int]] = []  # a request, and how many tokens the long answer had when it began
+    ended: list[str] = []
+    with serving(bundle, max_batch=4) as server:
+
+        def job(name: str, tokens: int) -> Job:
+            def deliver(event: Event) -> None:
+                if not isinstance(event, Text):
+                    ended.append(name)
+                elif name not in dict(begun):
+                    begun.append((name, len(server.scheduler._loop.rows[0].tokens)))
+
+            return Job(lambda: ours("How many stars?"), {"max_new_tokens": tokens, "eos_token_ids": (-1,)}, deliver)
+
+        for one in (job("long", 400), *(job(str(i), 20) for i in range(8))):
+            server.scheduler.submit(one)
+        until(lambda: len(ended) == 9)
+    assert [name for name, _ in begun] == ["long", *map(str, range(8))] and ended[-1] == "long"
+    counts = [tokens for _, tokens in begun]
+    assert counts == sorted(set(counts))
 
 
 # ------------------------------------------------------------------------------------------- when things break
@@ -292,6 +316,24 @@ def test_a_broken_engine_is_a_500_without_internals(bundle: Path, monkeypatch: p
         assert server.client.get("/health").status_code == 200
 
 
+def test_a_request_without_memory_may_come_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(bundle) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr("edgevl.runtime.admission.available_bytes", lambda: 1000)
+            refused = server.ask({"messages": user("How many stars?", "count.png")})
+        assert refused.status_code == 503 and refused.headers["Retry-After"] == "5"
+        assert "available here" in refused.json()["error"]["message"]
+        assert server.ask({"messages": user("How many stars?", "count.png")}).status_code == 200
+
+
+def test_a_trace_for_whoever_looks_for_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(bundle) as server:
+        monkeypatch.setenv("EDGEVL_DEBUG", "1")
+        monkeypatch.setattr(server.scheduler._loop, "join", None)
+        assert server.ask({"messages": user("How many stars?")}).status_code == 500
+        assert "TypeError" in server.notes[0] and "in _join" in server.notes[1]
+
+
 def test_ending_lets_running_answers_finish(bundle: Path) -> None:
     with serving(bundle, max_batch=1, max_tokens=4000) as server, ThreadPoolExecutor(4) as pool:
         running = pool.submit(server.ask, long(800))
@@ -314,4 +356,3 @@ def test_closing_gives_running_answers_up(bundle: Path) -> None:
         until(lambda: server.scheduler.running == 1)
         assert server.scheduler.close(5)
         assert whole.result().status_code == 503
-    assert LONG and threading.active_count() < 20

@@ -121,7 +121,7 @@ def test_grace_has_an_end(bundle: Path) -> None:
         asked = Asked(server.url, long(4000))
         started = time.monotonic()
         assert server.end(signal.SIGTERM) == 0
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 5
         asked.join(10)
         assert "the server has ended before the answer" in asked.text and "[DONE]" not in asked.text
 
@@ -135,7 +135,7 @@ def test_a_second_signal_ends_at_once(bundle: Path, number: int, status: int) ->
         assert server.process.poll() is None  # the answer goes on
         started = time.monotonic()
         assert server.end(number) == status
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 3
         asked.join(10)
         assert asked.text.rpartition("\n")[2].startswith("broke: ")
 
