@@ -145,6 +145,20 @@ class Scheduler:
             return "a thread of the scheduler has ended"
         return self._broken
 
+    def check_room(self) -> None:
+        """Raise what `submit` would raise now."""
+        with self._lock:
+            if not self._accepting:
+                raise BusyError("the server is ending; ask another one, or later")
+            if len(self._open) >= self.max_batch + self.max_queue:
+                raise self.too_many(f"{self.running} requests are being answered and {self.waiting} wait")
+
+    def too_many(self, what: str) -> BusyError:
+        """A refusal because of `what`, with the time after which a row should be free."""
+        wait = self._request_s * len(self._open) / self.max_batch
+        message = f"{what}, as many as this server takes; try again later"
+        return BusyError(message, full=True, retry_after_s=max(1, min(_LONGEST_WAIT_S, round(wait))))
+
     def submit(self, job: Job) -> None:
         """Queue a request.
 
@@ -152,16 +166,7 @@ class Scheduler:
             BusyError: `max_queue` requests wait already, or the server is ending.
         """
         with self._lock:
-            if not self._accepting:
-                raise BusyError("the server is ending; ask another one, or later")
-            if len(self._open) >= self.max_batch + self.max_queue:
-                wait = self._request_s * len(self._open) / self.max_batch
-                raise BusyError(
-                    f"{self.running} requests are being answered and {self.waiting} wait, as many as this server "
-                    "takes; try again later",
-                    full=True,
-                    retry_after_s=max(1, min(_LONGEST_WAIT_S, round(wait))),
-                )
+            self.check_room()
             self._open.add(job)
             self._waiting.append(job)
             self._lock.notify()

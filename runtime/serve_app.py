@@ -75,15 +75,22 @@ class _Api:
     def __init__(self, settings: ServeSettings, scheduler: Scheduler, reader: MessageReader, metrics: Metrics) -> None:
         self._settings, self._scheduler, self._reader, self._metrics = settings, scheduler, reader, metrics
         self._model = model_object(settings.model, int(time.time()))
+        self._bodies = 0  # being received
 
     async def chat(self, request: Request) -> Any:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json":  # a form would let any web page ask without the browser's preflight
             raise RequestError(f"the Content-Type is {media[:60]!r}, expected application/json", status=415)
+        self._scheduler.check_room()  # before megabytes are read for nothing
+        if self._bodies >= self._scheduler.max_batch + self._scheduler.max_queue:
+            raise self._scheduler.too_many(f"{self._bodies} requests are being received")
+        self._bodies += 1
         try:
             body = await _read_body(request, self._settings.max_body_bytes)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
+        finally:
+            self._bodies -= 1
         asked = await asyncio.to_thread(self._parse, body)  # megabytes of base64
         del body
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()

@@ -96,7 +96,15 @@ def comparable(text: str) -> list[str]:
 
 def test_there_are_commands() -> None:
     found = [command for command, _ in commands()]
-    for name in ("demo/demo.py", "edgevl run", "edgevl chat", "edgevl export", "edgevl verify", "edgevl inspect"):
+    for name in (
+        "demo/demo.py",
+        "edgevl run",
+        "edgevl chat",
+        "edgevl serve",
+        "edgevl export",
+        "edgevl verify",
+        "edgevl inspect",
+    ):
         assert any(name in command for command in found), name
 
 

@@ -10,13 +10,14 @@ import struct
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
-from serving import DEMO, NAME, Server, demo_bundle, serving, user
+from serving import DEMO, NAME, Server, demo_bundle, serving, until, user
 
 from edgevl.runtime import serve_app
 from edgevl.runtime.errors import InputError
@@ -136,6 +137,24 @@ def test_a_client_that_leaves_within_its_body(server: Server) -> None:
                     b"Content-Length: 100\r\n\r\n{")  # fmt: skip
     assert server.ask({"messages": user("How many stars?"), "max_tokens": 1}).status_code == 200
     assert not server.notes
+
+
+def test_bodies_at_once_are_bounded(bundle: Path) -> None:
+    with serving(bundle, max_batch=1, max_queue=1) as server, ExitStack() as stack:
+        host, port = server.url.removeprefix("http://").split(":")
+        for _ in range(2):
+            raw = stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            raw.sendall(b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                        b"Content-Length: 100\r\n\r\n{")  # fmt: skip
+
+        def ask() -> httpx.Response:
+            return server.ask({"messages": user("How many stars?"), "max_tokens": 1})
+
+        until(lambda: ask().status_code == 429)
+        assert "2 requests are being received, as many as" in ask().json()["error"]["message"]
+        assert int(ask().headers["Retry-After"]) >= 1
+        stack.close()  # the clients go away
+        until(lambda: ask().status_code == 200)
 
 
 # ------------------------------------------------------------------------------------------- pictures

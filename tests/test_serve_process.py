@@ -13,13 +13,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from serving import NAME, demo_bundle, long, until, user
+from serving import NAME, demo_bundle, long, serving, until, user
 
-from edgevl.runtime import cli
+from edgevl.runtime import cli, serve_command
+from edgevl.runtime.engine import EngineLimits
+from edgevl.runtime.errors import EngineError, InputError
+from edgevl.runtime.serve_command import HttpServer, bind
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +177,42 @@ def test_ports_and_hosts(bundle: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_port_that_is_taken_while_the_model_opens(bundle: Path) -> None:
     """Two sockets may be bound to one port until one of them listens."""
-    from edgevl.runtime.errors import InputError
-    from edgevl.runtime.serve_command import HttpServer, bind
-
     with bind("127.0.0.1", 0) as ours, bind("127.0.0.1", ours.getsockname()[1]) as theirs:
         theirs.listen()
         with pytest.raises(InputError, match=r"cannot be listened on .* choose another --port"):
             HttpServer(None, ours, 1)
+
+
+def test_rows_that_the_engine_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    model = SimpleNamespace(engine=SimpleNamespace(name="tensorrt", limits=EngineLimits(rows=2)))
+    assert serve_command._rows(model, 2) == 2 and not capsys.readouterr().err
+    assert serve_command._rows(model, 4) == 2
+    assert "tensorrt takes 2 rows at once, not 4" in capsys.readouterr().err
+
+
+def test_an_http_server_that_ends_by_itself(bundle: Path) -> None:
+    with serving(bundle) as server:
+        server.http.end()
+        with pytest.raises(EngineError, match="the HTTP server has ended by itself"):
+            serve_command._until_stopped(server.http, server.scheduler, serve_command._Stop(), 1)
+
+
+def test_a_call_of_the_engine_that_goes_on_is_left(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing the model under it would crash: the process ends instead."""
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    with serving(bundle) as server:
+        monkeypatch.setattr(server.scheduler._loop, "step", lambda: time.sleep(1.5) or [])
+        monkeypatch.setattr(serve_command, "_LAST_WORDS_S", 0.1)
+        monkeypatch.setattr(os, "_exit", leave)
+        stop = serve_command._Stop()
+        stop.received = signal.SIGINT
+        Asked(server.url, long())
+        with pytest.raises(SystemExit) as left:
+            serve_command._until_stopped(server.http, server.scheduler, stop, 0.1)
+        assert left.value.code == 130
 
 
 def test_bad_options_and_bundles(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
