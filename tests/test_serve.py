@@ -246,7 +246,7 @@ def test_a_client_that_leaves_the_queue_is_never_answered(bundle: Path) -> None:
 
 def test_a_full_queue_says_when_to_come_again(bundle: Path, alone: list[Completion]) -> None:
     with serving(bundle, max_batch=1, max_queue=1, max_tokens=4000) as server, ThreadPoolExecutor(2) as pool:
-        first = pool.submit(server.ask, long(1500))
+        first = pool.submit(server.ask, long(1000))
         until(lambda: server.scheduler.running == 1)
         second = pool.submit(server.text, {"messages": user("How many stars?", "count.png")})
         until(lambda: server.scheduler.waiting == 1)
@@ -336,9 +336,9 @@ def test_a_trace_for_whoever_looks_for_it(bundle: Path, monkeypatch: pytest.Monk
 
 def test_ending_lets_running_answers_finish(bundle: Path) -> None:
     with serving(bundle, max_batch=1, max_tokens=4000) as server, ThreadPoolExecutor(4) as pool:
-        running = pool.submit(server.ask, long(800))
+        running = pool.submit(server.ask, long(400))
         until(lambda: server.scheduler.running == 1)
-        waiting = [pool.submit(server.ask, long(800)) for _ in range(3)]
+        waiting = [pool.submit(server.ask, long(400)) for _ in range(3)]
         until(lambda: server.scheduler.waiting == 3)
         server.scheduler.drain()
         answers = [w.result() for w in waiting]
@@ -347,7 +347,7 @@ def test_ending_lets_running_answers_finish(bundle: Path) -> None:
         assert refused[0].headers["Retry-After"] == "1" and refused[0].json()["error"]["code"] == "unavailable"
         late = server.ask({"messages": user("How many stars?")})
         assert late.status_code == 503 and server.client.get("/health").status_code == 503
-        assert running.result().json()["usage"]["completion_tokens"] == 800
+        assert running.result().json()["usage"]["completion_tokens"] == 400
 
 
 def test_closing_gives_running_answers_up(bundle: Path) -> None:

@@ -114,7 +114,7 @@ def test_keys_from_the_environment_a_name_and_sigterm(bundle: Path) -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_running_answers_are_completed(bundle: Path, number: int, status: int) -> None:
     with process(bundle, "--max-new-tokens", "4000") as server:
-        asked = Asked(server.url, long(700))
+        asked = Asked(server.url, long(300))
         assert server.end(number) == status
         asked.join(10)
         assert asked.text.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in asked.text
