@@ -150,6 +150,9 @@ class Scheduler:
         with self._lock:
             if not self._accepting:
                 raise BusyError("the server is ending; ask another one, or later")
+            for job in [j for j in self._waiting if j.cancelled.is_set()]:  # whose clients left keep no place
+                self._waiting.remove(job)
+                self._open.discard(job)
             if len(self._open) >= self.max_batch + self.max_queue:
                 raise self.too_many(f"{self.running} requests are being answered and {self.waiting} wait")
 

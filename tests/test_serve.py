@@ -17,7 +17,7 @@ from PIL import Image
 from serving import NAME, QUESTIONS, Server, demo_bundle, long, open_model, ours, serving, until, user
 
 from edgevl.runtime.results import Completion
-from edgevl.runtime.scheduler import Event, Job, Text
+from edgevl.runtime.scheduler import BusyError, Done, Event, Job, Text
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +258,28 @@ def test_a_full_queue_says_when_to_come_again(bundle: Path, alone: list[Completi
         assert server.client.get("/health").status_code == 200  # busy is not ill
         assert first.result().status_code == 200 and second.result() == alone[3].text
         assert server.ask({"messages": user("How many stars?")}).status_code == 200
+
+
+def test_a_client_that_leaves_gives_its_place_in_the_queue_away(bundle: Path) -> None:
+    with serving(bundle, max_batch=1, max_queue=4) as server:
+        ended: list[str] = []
+
+        def job(name: str, tokens: int = 2) -> Job:
+            def deliver(event: Event) -> None:
+                if isinstance(event, Done):
+                    ended.append(name)
+
+            return Job(lambda: ours("How many stars?"), {"max_new_tokens": tokens, "eos_token_ids": (-1,)}, deliver)
+
+        jobs = [job("long", 1000), *map(job, "abcd")]
+        for one in jobs:
+            server.scheduler.submit(one)
+        with pytest.raises(BusyError, match="as many as this server takes"):
+            server.scheduler.submit(job("e"))
+        jobs[3].cancel()  # not the first in the queue, which the reader would drop
+        server.scheduler.submit(job("f"))
+        until(lambda: "f" in ended)
+        assert ended == ["long", "a", "b", "d", "f"]
 
 
 def test_first_come_first_served_and_none_is_starved(bundle: Path) -> None:
