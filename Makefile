@@ -17,7 +17,7 @@ test: $(VENV)/.ready lint wheel oldest
 # JetPack 6 has Python 3.10: where that interpreter is found, the tests that need no oracle run on it too, and a demo.
 OLDEST = $(firstword $(shell for p in python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python); do \
 	$$p -c 'import venv' 2>/dev/null && echo $$p; done))
-OLDEST_TESTS = formats grounding image_loading tasks tensor_file
+OLDEST_TESTS = formats grounding image_loading serve_request tasks tensor_file
 oldest:
 ifeq ($(OLDEST),)
 	@echo "python3.10 is not here: its tests are left out"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK
-from edgevl.runtime.errors import CapacityError, EngineError, InputError
+from edgevl.runtime.errors import CapacityError, EngineError, InputError, MemoryLimitError
 from edgevl.runtime.image_processing import VisionGrid, smart_resize
 from edgevl.runtime.memory import available_bytes, parse_size, resident_bytes, shown
 from edgevl.runtime.preflight import Planner, largest_that_fits
@@ -108,7 +108,7 @@ class Admission:
             resized_size: (width, height) in pixels.
 
         Raises:
-            CapacityError: they need more than there is; says which max_pixels would fit.
+            MemoryLimitError: they need more than there is; says which max_pixels would fit.
         """
         room = _room(self._limit) if self._active else None
         if room is None:
@@ -120,7 +120,7 @@ class Admission:
         best = self._max_pixels(height, width, grid.t, room)
         advice = "no smaller size fits either" if best is None else f"max_pixels {best} would fit"
         what = f"a picture of {width}×{height} pixels" if grid.t == 1 else f"a video of {grid.t}×{width}×{height}"
-        raise CapacityError(
+        raise MemoryLimitError(
             f"{what} (after the resize) needs {shown(needed)} to encode, "
             f"{shown(room)} are {_whose(self._limit)}; {advice}"
         )
@@ -142,7 +142,7 @@ class Admission:
         """Before prompts are prefilled, `cached` tokens of each being in a KV cache already.
 
         Raises:
-            CapacityError: they need more than there is; says what would fit.
+            MemoryLimitError: they need more than there is; says what would fit.
         """
         room = _room(self._limit) if self._active else None
         lengths = [len(p.ids) - cached for p in prompts]
@@ -150,7 +150,7 @@ class Admission:
         if room is not None:
             needed = self._answer(lengths, new_tokens, arena)
             if needed > room:
-                raise CapacityError(
+                raise MemoryLimitError(
                     f"{'a prompt' if len(lengths) == 1 else f'{len(lengths)} prompts'} of {max(lengths)} tokens with "
                     f"answers of {new_tokens} needs {shown(needed)}, {shown(room)} are {_whose(self._limit)}; "
                     f"{self._advice(prompts, lengths, new_tokens, room)}"

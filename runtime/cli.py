@@ -35,6 +35,7 @@ _COMMANDS = {
     "run": ("edgevl.runtime.commands", "Answer one prompt about pictures.", "ort"),
     "chat": ("edgevl.runtime.commands", "A conversation at the terminal.", "ort"),
     "watch": ("edgevl.runtime.watch_command", "Answer about a camera, stream or folder again and again.", "ort"),
+    "serve": ("edgevl.runtime.serve_command", "Serve a bundle over HTTP as OpenAI's API does.", "serve"),
     "verify": ("edgevl.runtime.commands", "Replay a bundle's golden vectors, stage by stage.", "ort"),
     "inspect": ("edgevl.runtime.inspect_command", "What a bundle or a checkpoint holds.", "ort"),
     "bench": ("edgevl.benchmarks.commands", "Measure bundles: stages, percentiles, memory, energy.", "bench"),

@@ -116,6 +116,7 @@ def _open(bundle: str | Bundle, options: dict[str, Any]) -> Any:
     chosen = {k: options[k] for k in _ENGINE}
     memory = options["gpu_memory"]
     gpu = GpuOptions(options["gpu"], None if memory is None else memory * 1_000_000, options["cuda_graph"])
+    chosen["prefix_cache_mb"] = options.get("prefix_cache_mb", 0)  # of the server alone: its requests come again
     return VisionLanguageModel.open(bundle, chosen.pop("engine"), gpu=gpu, notice=note, **chosen)
 
 

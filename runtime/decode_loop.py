@@ -1,4 +1,8 @@
-"""The loop over the rows of one batch: prefill each, decode all together, let the ended ones go. Knows no messages."""
+"""The loop over the rows of one batch: prefill each, decode all together, let the ended ones go. Knows no messages.
+
+Rows may join and leave between steps (continuous batching; Yu et al., "Orca", OSDI 2022, section 3.1): the server joins
+requests as they come, `run` joins a fixed batch before its first step.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import numpy as np
 
 from edgevl.runtime.decoding import Decoder
 from edgevl.runtime.device_tensor import join_rows
+from edgevl.runtime.errors import EdgeVLError, InputError
 from edgevl.runtime.lookup import PromptLookup
 from edgevl.runtime.prefix_cache import PrefixCache
 from edgevl.runtime.results import Piece
@@ -31,30 +36,71 @@ class DecodeLoop:
 
     def __init__(self, decoder: Decoder, placeholders: tuple[int, ...], prefixes: PrefixCache | None = None) -> None:
         self._decoder, self._placeholders, self._prefixes = decoder, placeholders, prefixes
+        self._active: list[Row] = []  # row i of the cache belongs to row i here
+        self._lookups: dict[Row, PromptLookup] = {}
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The answers being written."""
+        return tuple(self._active)
+
+    @property
+    def capacity(self) -> int:
+        """Rows that can be active at once."""
+        return self._decoder.cache.batch
 
     def run(self, rows: Sequence[Row], prompts: Sequence[PreparedPrompt]) -> Generator[tuple[Row, Piece], None, None]:
-        """Prefill every row, then decode the rows that go on together; a row that ends gives its place to the last.
+        """Prefill every row, then decode the rows that go on together, to the end of all.
 
-        Row i of the cache holds the first `rows[i].cached` tokens of `prompts[i]`."""
-        active: list[Row] = []
+        The first row of the cache holds the first `rows[0].cached` tokens of `prompts[0]`; the others hold nothing."""
         try:
-            for slot, (row, prompt) in enumerate(zip(rows, prompts)):
-                piece = self._prefill(slot, row, prompt)
-                active.append(row)
-                self._keep(slot, row)  # at once: the next row may begin like this one
-                yield row, piece
-            active = self._compact(active)
-            lookups = {row: PromptLookup(row.config.lookup_tokens, self._placeholders) for row in active}
-            while active:
-                row = active[0]
-                # GroupQueryAttention takes several new tokens over a filled cache at batch 1 only.
-                draft = self._draft(row, lookups[row]) if len(active) == 1 else np.zeros(0, np.int64)
-                yield from self._check(row, draft, lookups[row]) if len(draft) else self._step(active, lookups)
-                active = self._compact(active)
+            for row, prompt in zip(rows, prompts):
+                yield row, self.join(row, prompt)
+            while self._active:
+                yield from self.step()
+                for row in rows:
+                    if row.error is not None:
+                        raise row.error
         except GeneratorExit:  # a stream that is left: what it computed is right and worth keeping
-            for slot, row in enumerate(active):
+            for slot, row in enumerate(self._active):
                 self._keep(slot, row)
             raise
+
+    def join(self, row: Row, prompt: PreparedPrompt) -> Piece:
+        """Prefill a row and let it take part in the steps that follow, unless its first token was its last.
+
+        Where it fails, the other rows go on as if nothing had been.
+
+        Raises:
+            InputError: as many rows as the cache has are active already.
+            EngineError: numbers that cannot be right.
+        """
+        slot = len(self._active)
+        if slot == self.capacity:
+            raise InputError(f"{slot} rows are active, as many as the KV cache has; wait for one to end")
+        self._decoder.cache.rewind(slot, row.cached)  # an earlier row may have left its tokens there
+        piece = self._prefill(slot, row, prompt)
+        self._keep(slot, row)  # at once: the next row may begin like this one
+        if row.finish_reason is None:
+            self._active.append(row)
+            self._lookups[row] = PromptLookup(row.config.lookup_tokens, self._placeholders)
+        return piece
+
+    def step(self) -> list[tuple[Row, Piece]]:
+        """The next token of every active row, or several of an only one whose draft was right; rows that end leave.
+
+        A row whose numbers cannot be right leaves without a piece, its `error` set; its neighbours go on."""
+        row = self._active[0]
+        # GroupQueryAttention takes several new tokens over a filled cache at batch 1 only.
+        draft = self._draft(row, self._lookups[row]) if len(self._active) == 1 else np.zeros(0, np.int64)
+        pieces = self._check(row, draft, self._lookups[row]) if len(draft) else self._step(self._active)
+        self._compact()
+        return pieces
+
+    def leave(self, row: Row) -> None:
+        """Give up an active row before its end; nothing happens to one that has left."""
+        if row in self._lookups:
+            self._drop(self._active.index(row))
 
     def _prefill(self, slot: int, row: Row, prompt: PreparedPrompt) -> Piece:
         began = time.perf_counter()
@@ -68,17 +114,22 @@ class DecodeLoop:
         row.prefill_s = time.perf_counter() - began
         return row.accept(logits, room=self._room(slot))
 
-    def _step(self, rows: Sequence[Row], lookups: dict[Row, PromptLookup]) -> list[tuple[Row, Piece]]:
+    def _step(self, rows: Sequence[Row]) -> list[tuple[Row, Piece]]:
         """One token for every row."""
         began = time.perf_counter()
         ids = np.array([row.token for row in rows], np.int64)
         logits = self._decoder.step(ids, np.array([row.position for row in rows], np.int64))
-        pieces = [(row, row.accept(logits[i], room=self._room(i))) for i, row in enumerate(rows)]
+        pieces: list[tuple[Row, Piece]] = []
+        for i, row in enumerate(rows):
+            try:
+                pieces.append((row, row.accept(logits[i], room=self._room(i))))
+            except EdgeVLError as e:
+                row.error = e
         elapsed = time.perf_counter() - began
         for row in rows:
             row.decode_s += elapsed
         if len(rows) == 1:
-            lookups[rows[0]].stepped(elapsed)
+            self._lookups[rows[0]].stepped(elapsed)
         return pieces
 
     def _draft(self, row: Row, lookup: PromptLookup) -> np.ndarray:
@@ -99,7 +150,11 @@ class DecodeLoop:
         logits = self._decoder.score(ids, row.position + np.arange(len(ids)))
         pieces: list[tuple[Row, Piece]] = []
         for i in range(len(ids)):
-            pieces.append((row, row.accept(logits[i], room=start + i + 1 < cache.capacity)))
+            try:
+                pieces.append((row, row.accept(logits[i], room=start + i + 1 < cache.capacity)))
+            except EdgeVLError as e:
+                row.error = e
+                break
             if row.finish_reason is not None or i == len(draft) or row.token != draft[i]:
                 break
         cache.rewind(0, start + len(pieces))
@@ -117,18 +172,23 @@ class DecodeLoop:
         if self._prefixes is not None:
             self._prefixes.store(row.identity, self._decoder.cache, slot)
 
-    def _compact(self, active: Sequence[Row]) -> list[Row]:
-        """Drop ended rows; the last row's cache moves into the gap, so that the rows stay contiguous."""
-        rows = list(active)
+    def _compact(self) -> None:
+        """Drop ended rows."""
         slot = 0
-        while slot < len(rows):
-            if rows[slot].finish_reason is None:
+        while slot < len(self._active):
+            if self._active[slot].finish_reason is None and self._active[slot].error is None:
                 slot += 1
-                continue
-            self._keep(slot, rows[slot])
-            last = len(rows) - 1
-            if last != slot:
-                self._decoder.cache.move(last, slot)
-                rows[slot] = rows[last]
-            rows.pop()
-        return rows
+            else:
+                self._drop(slot)
+
+    def _drop(self, slot: int) -> None:
+        """Take a row out; the last row's cache moves into the gap, so that the rows stay contiguous."""
+        row = self._active[slot]
+        if row.error is None:
+            self._keep(slot, row)
+        last = len(self._active) - 1
+        if last != slot:
+            self._decoder.cache.move(last, slot)
+            self._active[slot] = self._active[last]
+        self._active.pop()
+        del self._lookups[row]

@@ -15,6 +15,7 @@ __all__ = [
     "EdgeVLError",
     "EngineError",
     "InputError",
+    "MemoryLimitError",
 ]
 
 
@@ -30,6 +31,10 @@ class InputError(EdgeVLError):
 
 class CapacityError(InputError):
     """A request that does not fit the KV cache or a profile of the engine."""
+
+
+class MemoryLimitError(CapacityError):
+    """A request for which there is no memory now."""
 
 
 class CheckpointError(EdgeVLError):

@@ -370,8 +370,7 @@ class VisionLanguageModel:
         started: float | None = None,
     ) -> Stream:
         """Answer a prepared prompt whose first `cached` tokens are already in row 0 of the decoder's cache."""
-        self._admission.answers([prompt], config.max_new_tokens, cached)
-        row = self._row(prompt, config, time.perf_counter() if started is None else started, 0, cached)
+        row = self.row(prompt, config, cached, started)
         return Stream(self._pieces(self._loop(decoder).run([row], [prompt])), row)
 
     def stream_prompts(
@@ -388,6 +387,21 @@ class VisionLanguageModel:
             for _, piece in answered:
                 yield piece
                 self._check_open()  # the next step needs the engine
+
+    def row(
+        self, prompt: PreparedPrompt, config: GenerationConfig, cached: int = 0, started: float | None = None
+    ) -> Row:
+        """One answer, not begun, for `DecodeLoop.join`.
+
+        Raises:
+            CapacityError: there is no memory for it.
+        """
+        self._admission.answers([prompt], config.max_new_tokens, cached)
+        return self._row(prompt, config, time.perf_counter() if started is None else started, 0, cached)
+
+    def decode_loop(self, rows: int) -> DecodeLoop:
+        """A loop over a fresh cache of `rows` rows, which answers may join and leave between steps."""
+        return self._loop(self.decoder(rows))
 
     def _row(
         self, prompt: PreparedPrompt, config: GenerationConfig, started: float, index: int, cached: int = 0

@@ -24,13 +24,17 @@ from edgevl.runtime.tokenizer import Tokenizer, check_text
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-__all__ = ["FORMS", "Guide", "GuideCompiler", "GuideState"]
+__all__ = ["FORMS", "FormError", "Guide", "GuideCompiler", "GuideState"]
 
 FORMS = ("json_schema", "regex", "choices")
 # JSON as Python's json.dumps spaces it, which is what models have seen most. Fixed, because free white space would let
 # an answer of bounded content grow without end.
 _JSON_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _QUIET = 0  # llguidance writes to stderr above this
+
+
+class FormError(EngineError, InputError):
+    """A form that llguidance gave up on: too complex, or a token that does not fit it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class GuideState:
         """A copy of logits [V] with -inf where a token would leave the form.
 
         Raises:
-            EngineError: llguidance gave up, for instance because a form is too complex.
+            FormError: llguidance gave up, for instance because a form is too complex.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
@@ -74,7 +78,7 @@ class GuideState:
         """Take the token chosen; True when the answer is complete and nothing but an end token could follow.
 
         Raises:
-            EngineError: the token does not fit the form; it was not chosen from masked logits.
+            FormError: the token does not fit the form; it was not chosen from masked logits.
         """
         self._matcher.consume_token(int(token))
         self._check()
@@ -87,7 +91,7 @@ class GuideState:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise EngineError(
+            raise FormError(
                 f"the {self._guide.kind} {self._guide.form} cannot be followed: "
                 f"{_one_line(self._matcher.get_error())}; simplify it"
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgevl.runtime.errors import EngineError
+from edgevl.runtime.errors import EdgeVLError, EngineError
 from edgevl.runtime.grounding import Box, Point, parse_grounding
 from edgevl.runtime.prefix_cache import token_identity
 from edgevl.runtime.results import Completion, FinishReason, Piece, Timings, Usage
@@ -49,6 +49,7 @@ class Row:
         self.cached = cached
         self.drafted = self.accepted = 0  # tokens of prompt lookup
         self.finish_reason: FinishReason | None = None
+        self.error: EdgeVLError | None = None  # why it was given up
         self.prefill_s = self.decode_s = self._first_token_s = 0.0
 
     @property

@@ -36,6 +36,7 @@ DEVICE = {
     "llguidance",
 }
 HUB = "huggingface_hub"  # only runtime/checkpoint.py, only when a hub id is asked for
+HTTP = {"serve_app.py": {"starlette"}, "serve_command.py": {"uvicorn"}}  # imported by `edgevl serve` alone
 FRAMEWORKS = {"torch", "transformers", "onnx", "onnx_ir", "safetensors"}
 
 
@@ -67,7 +68,7 @@ def test_the_device_side_needs_only_its_libraries() -> None:
     standard = set(sys.stdlib_module_names) | {"edgevl"}
     for path in sources("runtime"):
         outside = {name.split(".")[0] for name in imports(path)} - standard
-        allowed = DEVICE | {HUB} if path.name == "checkpoint.py" else DEVICE
+        allowed = DEVICE | {HUB} if path.name == "checkpoint.py" else DEVICE | HTTP.get(path.name, set())
         assert outside <= allowed, f"{path} imports {outside - allowed}"
 
 
@@ -87,6 +88,12 @@ def test_importing_the_runtime_loads_nothing_heavy() -> None:
     heavy = sorted(FRAMEWORKS | {"onnxruntime", "numpy"})
     code = f"import sys, edgevl.runtime, edgevl.runtime.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_only_the_server_imports_http() -> None:
+    for path in sources("runtime"):
+        if path.name not in HTTP:
+            assert not imports(path) & {"edgevl.runtime.serve_app", "edgevl.runtime.serve_command"}, path
 
 
 def test_running_needs_no_framework(tmp_path: Path) -> None:

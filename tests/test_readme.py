@@ -1,13 +1,16 @@
 """The README's commands, run, and their output held against what it shows.
 
 A block marked `console` holds commands after `$ ` with their output; `python` blocks run as they are. Times, sizes and
-processor names differ from machine to machine: in lines that hold one, numbers are not compared.
+processor names differ from machine to machine: in lines that hold one, numbers are not compared. A command that ends in
+` &` is a server: it runs, at another port, until the block ends.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +30,9 @@ MEASURED = re.compile(
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
+
+PORT = "8000"  # of the README's server; a free one takes its place
+UNIQUE = re.compile(r"(?<=chatcmpl-)\w+|(?<=\"created\":)\d+")
 
 Shown = tuple[str, str]  # a command, and the output that is shown
 
@@ -66,11 +72,22 @@ def run(command: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+def start(command: str, folder: Path) -> tuple[subprocess.Popen[str], str]:
+    """A server, and the first line that it prints."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    server = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"], cwd=folder, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PATH": path},
+    )  # fmt: skip
+    assert server.stderr is not None
+    return server, server.stderr.readline()
+
+
 def comparable(text: str) -> list[str]:
     """Lines without what differs between machines: numbers of measured lines, spaces and rules of tables."""
     lines = []
     for line in text.splitlines():
-        line = re.sub(r"\d[\d.,]*", "#", line) if MEASURED.search(line) else line
+        line = re.sub(r"\d[\d.,]*", "#", line) if MEASURED.search(line) else UNIQUE.sub("#", line)
         line = " ".join(re.sub(r"-{3,}", "", line).split())
         if line:
             lines.append(line)
@@ -79,20 +96,45 @@ def comparable(text: str) -> list[str]:
 
 def test_there_are_commands() -> None:
     found = [command for command, _ in commands()]
-    for name in ("demo/demo.py", "edgevl run", "edgevl chat", "edgevl export", "edgevl verify", "edgevl inspect"):
+    for name in (
+        "demo/demo.py",
+        "edgevl run",
+        "edgevl chat",
+        "edgevl serve",
+        "edgevl export",
+        "edgevl verify",
+        "edgevl inspect",
+    ):
         assert any(name in command for command in found), name
 
 
 @pytest.mark.parametrize("session", [s for s in sessions() if "demo.py" not in s[0][0]], ids=lambda s: s[0][0][:50])
 def test_console_blocks(place: Path, session: list[Shown]) -> None:
-    for command, shown in session:
-        printed, expected = comparable(run(command, place)), comparable(shown)
-        if "..." in expected:  # the middle of a long output is left out
-            at = expected.index("...")
-            assert printed[:at] == expected[:at]
-            assert printed[len(printed) - (len(expected) - at - 1) :] == expected[at + 1 :]
-        else:
-            assert printed == expected
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    servers: list[subprocess.Popen[str]] = []
+    try:
+        for command, shown in session:
+            command, shown = command.replace(PORT, port), shown.replace(PORT, port)
+            if "curl" in command and shutil.which("curl") is None:
+                pytest.skip("curl is not here")
+            if command.endswith(" &"):
+                server, output = start(command.removesuffix(" &"), place)
+                servers.append(server)
+            else:
+                output = run(command, place)
+            printed, expected = comparable(output), comparable(shown)
+            if "..." in expected:  # the middle of a long output is left out
+                at = expected.index("...")
+                assert printed[:at] == expected[:at]
+                assert printed[len(printed) - (len(expected) - at - 1) :] == expected[at + 1 :]
+            else:
+                assert printed == expected
+    finally:
+        for server in servers:
+            server.terminate()
+            server.communicate(timeout=20)
+    assert all(server.returncode == 0 for server in servers)
 
 
 def test_the_demo_says_what_is_shown(place: Path) -> None:

@@ -32,9 +32,10 @@ def main() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     if "ort-cpu" not in done.stdout:
         raise SystemExit(f"doctor says: {done.stdout}")
-    missing = subprocess.run([command[0], "export", "x", "-o", "y"], capture_output=True, text=True, check=False)
-    if missing.returncode != 2 or "edgevl[export]" not in missing.stderr:
-        raise SystemExit(f"export without its extra says: {missing.returncode} {missing.stderr}")
+    for name, arguments in (("export", ["x", "-o", "y"]), ("serve", ["x"])):
+        missing = subprocess.run([command[0], name, *arguments], capture_output=True, text=True, check=False)
+        if missing.returncode != 2 or f"edgevl[{name}]" not in missing.stderr:
+            raise SystemExit(f"{name} without its extra says: {missing.returncode} {missing.stderr}")
     site = place.parents[2]
     files = [f for f in site.rglob("*") if f.is_file() and f.relative_to(site).parts[0] not in INSTALLERS]
     whole = sum(f.stat().st_size for f in files) / 1e6
