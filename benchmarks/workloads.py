@@ -103,6 +103,7 @@ WORKLOADS = {
         Workload("video-8", 320, 240, pictures=0, frames=8),
         Workload("video-64", 320, 240, pictures=0, frames=64),
         Workload("text", pictures=0, prompt_tokens=256),
+        Workload("context-1600", pictures=0, prompt_tokens=1600),
         Workload("long-prompt", pictures=0, prompt_tokens=4096, new_tokens=16),
         Workload("long-answer", new_tokens=512),
         Workload("batch-4", concurrency=4),
