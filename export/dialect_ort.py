@@ -256,7 +256,7 @@ class OrtDialect:
         q, k = self._rotate(q, t.num_attention_heads), self._rotate(k, t.num_key_value_heads)
         names = [pattern.format(kind="{kind}", layer=layer) for pattern in (CACHE_KEY, CACHE_VALUE)]
         past = [self.input(n.format(kind="past")) for n in names]
-        step = self._steps_apart
+        step = self._step_attention()
         if step is None:
             y, *present = self._prompt_attention(q, k, v, past, layer)
         else:
@@ -288,9 +288,8 @@ class OrtDialect:
             inputs += [None] * 5 + [self._weights.cache_scale(layer, kind) for kind in "kv"]
         return self.builder.op("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, outputs=3)
 
-    @property
-    def _steps_apart(self) -> StepAttention | None:
-        """Of a graph that decodes."""
+    def _step_attention(self) -> StepAttention | None:
+        """One for all layers, of a graph that decodes over a float32 cache."""
         plain = self._precision.dtype == "float32" and self._precision.cache != "int8"
         if self._step is None and self.has_steps and plain and self.builder.spec.name == "decoder":
             self._step = StepAttention(self.builder, self._config.text)
