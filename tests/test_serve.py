@@ -226,7 +226,7 @@ def test_a_client_that_leaves_takes_its_answer_along(server: Server, stream: boo
             next(r.iter_lines())
     else:
         with pytest.raises(httpx.ReadTimeout):
-            server.client.post("/v1/chat/completions", json={"model": NAME, **long()}, timeout=0.3)
+            server.client.post("/v1/chat/completions", json={"model": NAME, **long()}, timeout=1)
     until(lambda: server.scheduler.running == 0, 5)
     assert 0 < tokens() - before < 3000
     assert not server.notes
