@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import random_model, save_checkpoint
 from reference import Reference
 from transformers import Qwen2VLForConditionalGeneration
@@ -19,6 +20,14 @@ from edgevl.runtime.generation import VisionLanguageModel
 
 # What a machine without a GPU runs: the test group installs openvino, a device may not have it.
 USABLE = {"ort-cpu": True, "openvino": find_spec("openvino") is not None, "ort-cuda": False, "tensorrt": False}
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """What a test sets (the peer transformers does) is not what the next one has: sums are rounded by threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
