@@ -20,12 +20,12 @@ from edgevl.calibration.dataset import SampleSource, read_conversations
 from edgevl.calibration.dequantized import FloatCheckpoint
 from edgevl.calibration.page import check_page, write_page
 from edgevl.calibration.recipes import PLAIN
-from edgevl.calibration.report import FidelityReport, Wanted, check_gates, measure, write_report
+from edgevl.calibration.report import FidelityReport, Wanted, check_gates, measure, report_text
 from edgevl.calibration.scores import check_scoring, parse_min_scores
 from edgevl.calibration.sensitivity import GRANULARITIES
 from edgevl.runtime.commands import note
 from edgevl.runtime.errors import CheckpointError, InputError
-from edgevl.runtime.output_file import check_output_file, replacing
+from edgevl.runtime.output_file import check_output_file, write_output
 from edgevl.tasks import TASKS
 
 __all__ = ["fidelity", "measure_options", "progress_bar", "summary", "wanted"]
@@ -138,8 +138,7 @@ def fidelity(original: str, quantized: str, images: str | None, json_path: str |
             given = {"provenance": known, "progress": progress, "notice": note}
             report = measure(original, quantized, samples, asked, scratch, **given)
         if json_path is not None:
-            with replacing(json_path) as partial:
-                write_report(partial, report)
+            write_output(json_path, report_text(report))
         if options["report"] is not None:
             write_page(options["report"], report.to_dict())
     except OSError as e:

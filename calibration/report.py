@@ -55,6 +55,7 @@ __all__ = [
     "check_gates",
     "measure",
     "read_report",
+    "report_text",
     "write_report",
 ]
 
@@ -194,7 +195,12 @@ def write_report(path: Path, report: FidelityReport) -> None:
         OSError: the disk is full, or the file cannot be written.
     """
     with whole(path) as partial:
-        partial.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(report_text(report), encoding="utf-8")
+
+
+def report_text(report: FidelityReport) -> str:
+    """The document itself."""
+    return json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n"
 
 
 def read_report(path: str | Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
-import signal
 import socket
 import threading
 import time
@@ -23,6 +22,7 @@ from edgevl.runtime.scheduler import Scheduler
 from edgevl.runtime.serve_app import ServeSettings, build_app
 from edgevl.runtime.serve_metrics import Metrics
 from edgevl.runtime.serve_pictures import MessageReader
+from edgevl.runtime.stop_signals import StopSignals
 
 __all__ = ["HttpServer", "bind", "serve"]
 
@@ -126,9 +126,9 @@ def _rows(model: Any, wanted: int) -> int:
     return wanted
 
 
-def _until_stopped(server: HttpServer, scheduler: Scheduler, stop: _Stop, grace: float) -> int:
-    while stop.received is None and server.running:
-        time.sleep(_POLL_S)
+def _until_stopped(server: HttpServer, scheduler: Scheduler, stop: StopSignals, grace: float) -> int:
+    while server.running and not stop.event.wait(_POLL_S):
+        pass
     scheduler.drain()
     server.end()
     deadline = time.monotonic() + grace
@@ -137,7 +137,7 @@ def _until_stopped(server: HttpServer, scheduler: Scheduler, stop: _Stop, grace:
     if not scheduler.close(_LAST_WORDS_S):  # deep in a long call of the engine, which nothing interrupts
         os._exit(stop.status)
     server.join(_LAST_WORDS_S)
-    if stop.received is None:
+    if not stop.event.is_set():
         raise EngineError("the HTTP server has ended by itself")
     return stop.status
 
@@ -207,25 +207,10 @@ class HttpServer:
             self._error = e
 
 
-class _Stop:
-    """SIGTERM and SIGINT ask for an end; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    @property
-    def status(self) -> int:
-        return 130 if self.received == signal.SIGINT else 0
-
-    def __enter__(self) -> _Stop:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+class _Stop(StopSignals):
+    """A second signal ends the process at once."""
 
     def _handle(self, number: int, _: Any) -> None:
-        if self.received is not None:
+        if self.event.is_set():
             os._exit(self.status)
-        self.received = number
+        super()._handle(number, _)

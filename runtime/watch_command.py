@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import threading
 from contextlib import closing
 from typing import Any
 
@@ -14,6 +13,7 @@ import click
 from edgevl.runtime.commands import _engine_options, _open, _sampling, _sampling_options, note
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.run_options import check_words
+from edgevl.runtime.stop_signals import StopSignals
 
 __all__ = ["watch"]
 
@@ -110,22 +110,10 @@ def watch(bundle: str, prompt: str, source: str, **options: Any) -> int:
     return stop.status
 
 
-class _Stop:
-    """SIGTERM and SIGINT set the event; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.event, self.status = threading.Event(), 0
-
-    def __enter__(self) -> _Stop:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+class _Stop(StopSignals):
+    """A second SIGINT interrupts at once."""
 
     def _handle(self, number: int, _: Any) -> None:
-        self.event.set()
+        super()._handle(number, _)
         if number == signal.SIGINT:
-            self.status = 130
             signal.signal(signal.SIGINT, signal.default_int_handler)

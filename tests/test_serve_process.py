@@ -208,7 +208,7 @@ def test_a_call_of_the_engine_that_goes_on_is_left(bundle: Path, monkeypatch: py
         monkeypatch.setattr(serve_command, "_LAST_WORDS_S", 0.1)
         monkeypatch.setattr(os, "_exit", leave)
         stop = serve_command._Stop()
-        stop.received = signal.SIGINT
+        stop._handle(signal.SIGINT, None)
         Asked(server.url, long())
         with pytest.raises(SystemExit) as left:
             serve_command._until_stopped(server.http, server.scheduler, stop, 0.1)
