@@ -41,6 +41,7 @@ class OrtDialect:
 
     opset, ir_version = OPSET, IR_VERSION
     narrows_last_layer = True
+    nbits_domain = MICROSOFT  # whose MatMulNBits it is
     has_steps = True  # attention of one new token by a way of its own, see StepAttention
 
     def __init__(
@@ -205,7 +206,7 @@ class OrtDialect:
         inputs = [x, weight.codes, weight.scales, weight.zero_points, None, bias]
         while inputs[-1] is None:
             inputs.pop()
-        return self.builder.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
+        return self.builder.op("MatMulNBits", inputs, attributes, domain=self.nbits_domain)
 
     def _columns(self, x: ir.Value, order: ir.Value) -> ir.Value:
         """x with its last axis in the order of a layer's groups, shared by layers over one input."""

@@ -16,16 +16,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edgevl.export.decoder import write_decoder
-from edgevl.export.dialect_openvino import OpenVinoDialect, is_offered
+from edgevl.export.further_graphs import write_further_graphs
 from edgevl.export.graph import DataFile
 from edgevl.export.precision import Precision
 from edgevl.export.targets import TARGETS, Target, find_target
 from edgevl.export.vision_encoder import write_vision_encoder
-from edgevl.runtime.bundle import MANIFEST, OPENVINO_PREFILL, Bundle, FileEntry, GraphEntry, file_sha256
+from edgevl.runtime.bundle import MANIFEST, NATIVE_DECODER, OPENVINO_PREFILL, Bundle, FileEntry, GraphEntry, file_sha256
 from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint, expected_shapes
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, InputError
-from edgevl.runtime.graph_spec import cache_filling_spec
 from edgevl.runtime.image_processing import ImageProcessorConfig
 from edgevl.runtime.mrope import MROPE_RULES
 from edgevl.runtime.prompt import load_chat_template
@@ -261,8 +260,8 @@ def _write(
             write_decoder(dialect, config.text)
             dialect.builder.save(folder / f"{role}.onnx")
             graphs[role] = GraphEntry(f"{role}.onnx", precision.name, spec)
-        if plan.target.name == "cpu" and is_offered(plan.decoder[0], sources[0]):
-            graphs[OPENVINO_PREFILL] = _openvino_prefill(sources[0], folder, data, plan.decoder[0])
+        if plan.target.name == "cpu":
+            graphs |= write_further_graphs(sources, plan.decoder, graphs["decoder"].spec, data)
         digest = data.sha256()
     files["decoder.onnx.data"] = FileEntry((folder / "decoder.onnx.data").stat().st_size, digest)
     for path in sorted(folder.iterdir()):
@@ -287,15 +286,6 @@ def _write(
             "source_quantization": checkpoint.describe_quantization(),
         },
     )
-
-
-def _openvino_prefill(checkpoint: Checkpoint, folder: Path, data: DataFile, precision: Precision) -> GraphEntry:
-    """Written after the graph for prompts, whose weights it shares."""
-    spec = cache_filling_spec(checkpoint.config, OPENVINO_PREFILL)
-    dialect = OpenVinoDialect(spec, checkpoint.config, checkpoint, data, precision)
-    write_decoder(dialect, checkpoint.config.text)
-    dialect.builder.save(folder / f"{OPENVINO_PREFILL}.onnx")
-    return GraphEntry(f"{OPENVINO_PREFILL}.onnx", precision.name, spec)
 
 
 def _precision_name(plan: _Plan) -> str:
@@ -395,7 +385,8 @@ def _part_reports(folder: Path, bundle: Bundle) -> Iterator[PartReport]:
     sizes: dict[str, int] = {}
     for name, entry in bundle.files.items():
         part = "golden" if name.startswith("golden/") else name.split(".")[0]
-        part = {"prefill": "decoder", OPENVINO_PREFILL: "decoder", "chat_template": "tokenizer"}.get(part, part)
+        decoders = dict.fromkeys(("prefill", OPENVINO_PREFILL, NATIVE_DECODER), "decoder")
+        part = {**decoders, "chat_template": "tokenizer"}.get(part, part)
         sizes[part] = sizes.get(part, 0) + entry.size
     for part, precision in (("vision", bundle.graphs["vision"].precision), ("decoder", decoder)):
         yield PartReport(part, precision, sizes.pop(part))

@@ -18,9 +18,10 @@ import onnx_ir as ir
 
 from edgevl.runtime.graph_spec import GraphSpec
 
-__all__ = ["MICROSOFT", "DataFile", "GraphBuilder"]
+__all__ = ["EDGEVL", "MICROSOFT", "DataFile", "GraphBuilder"]
 
 MICROSOFT = "com.microsoft"
+EDGEVL = "edgevl"  # operators of runtime/native
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # importing it is what makes np.dtype("bfloat16") known
 _PAGE = 4096  # a tensor that starts on a page can be mapped by the engine instead of copied
 _LARGE = 1 << 20
@@ -122,7 +123,7 @@ class GraphBuilder:
         self.data = data
         self._opset, self._ir_version = opset, ir_version
         self._nodes: list[ir.Node] = []
-        self._microsoft = False
+        self._domains = {""}
         self._initializers: dict[str, ir.Value] = {}
         self._counts: dict[str, int] = {}
         self._inputs = {
@@ -162,7 +163,7 @@ class GraphBuilder:
         for i, value in enumerate(node.outputs):
             value.name = f"{name}_{i}" if outputs > 1 else name
         self._nodes.append(node)
-        self._microsoft |= domain == MICROSOFT
+        self._domains.add(domain)
         return node.outputs if outputs > 1 else node.outputs[0]
 
     def either(
@@ -233,7 +234,7 @@ class GraphBuilder:
             [self._outputs[t.name] for t in self.spec.outputs],
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": self._opset, MICROSOFT: 1} if self._microsoft else {"": self._opset},
+            opset_imports={domain: 1 if domain else self._opset for domain in sorted(self._domains)},
             name=self.spec.name,
         )
         ir.save(ir.Model(graph, ir_version=self._ir_version, producer_name="edgevl"), path)

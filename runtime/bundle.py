@@ -19,12 +19,22 @@ from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.image_processing import ImageProcessorConfig
 from edgevl.runtime.mrope import MROPE_RULES
 
-__all__ = ["MANIFEST", "OPENVINO_PREFILL", "SCHEMA_VERSION", "Bundle", "FileEntry", "GraphEntry", "file_sha256"]
+__all__ = [
+    "MANIFEST",
+    "NATIVE_DECODER",
+    "OPENVINO_PREFILL",
+    "SCHEMA_VERSION",
+    "Bundle",
+    "FileEntry",
+    "GraphEntry",
+    "file_sha256",
+]
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 OPENVINO_PREFILL = "prefill_openvino"
-GRAPH_ROLES = ("vision", "decoder", "prefill", OPENVINO_PREFILL)
+NATIVE_DECODER = "decoder_native"
+GRAPH_ROLES = ("vision", "decoder", "prefill", OPENVINO_PREFILL, NATIVE_DECODER)
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,8 @@ class GraphEntry:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened manifest. `graphs` has `vision` and `decoder`, `prefill` where prefill has a graph of its own, and
-    `prefill_openvino` where the engine `openvino` has one."""
+    """An opened manifest. `graphs` has `vision` and `decoder`, `prefill` where prefill has a graph of its own,
+    `prefill_openvino` where the engine `openvino` has one, and `decoder_native`, the decoder with our own kernels."""
 
     folder: Path
     model: ModelConfig

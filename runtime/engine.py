@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.bundle import NATIVE_DECODER, Bundle
 from edgevl.runtime.errors import EdgeVLError, EngineError, InputError
 from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
@@ -210,7 +210,19 @@ def _ort_cpu(bundle: Bundle | None) -> str:
         raise EngineError(
             f"the bundle was exported for {bundle.target!r}, not for ONNX Runtime; export with --target cpu"
         )
-    return f"onnxruntime {version}, {usable_cores()} cores"
+    return f"onnxruntime {version}, {usable_cores()} cores{_kernels(bundle)}"
+
+
+def _kernels(bundle: Bundle | None) -> str:
+    """`, own kernels (avx512-vnni)`, or why a decoder that could use them does not."""
+    from edgevl.runtime.native_kernels import kernel_instructions
+
+    if bundle is not None and NATIVE_DECODER not in bundle.graphs:
+        return ""
+    try:
+        return f", own kernels ({kernel_instructions()})"
+    except EngineError as e:
+        return f"; {e}"
 
 
 def _openvino(bundle: Bundle | None) -> str:
@@ -219,7 +231,7 @@ def _openvino(bundle: Bundle | None) -> str:
     if bundle is not None and bundle.target != "cpu":
         raise EngineError(f"the bundle was exported for {bundle.target!r}; export with --target cpu")
     what = "vision and prompts" if bundle is None or prompts_on_openvino(bundle) else "vision"
-    return f"openvino {openvino_version()} for {what}, onnxruntime {_onnxruntime()} for the rest"
+    return f"openvino {openvino_version()} for {what}, onnxruntime {_onnxruntime()} for the rest{_kernels(bundle)}"
 
 
 def _ort_cuda(bundle: Bundle | None) -> str:

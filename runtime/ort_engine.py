@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from edgevl.runtime.bundle import OPENVINO_PREFILL, Bundle
+from edgevl.runtime.bundle import NATIVE_DECODER, OPENVINO_PREFILL, Bundle
 from edgevl.runtime.engine import EngineLimits, GraphRunner, usable_cores
 from edgevl.runtime.errors import EngineError, InputError
 from edgevl.runtime.graph_spec import APPENDED, GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
+from edgevl.runtime.native_kernels import native_library
 from edgevl.runtime.trt_feeds import is_tensorrt_spec, store_appended, tensorrt_feeds
 
 __all__ = ["OrtEngine", "OrtGraph", "check_signature", "check_version"]
@@ -25,10 +26,20 @@ PROVIDER = "CPUExecutionProvider"
 
 
 class OrtGraph:
-    """One session. The providers that it got are asserted: ONNX Runtime falls back to the CPU without raising."""
+    """One session. The providers that it got are asserted: ONNX Runtime falls back to the CPU without raising.
+
+    Args:
+        operators: a library of operators that the graph uses, see `edgevl.runtime.native_kernels`.
+    """
 
     def __init__(
-        self, path: Path, spec: GraphSpec, threads: int, shrink_arena: bool = False, trace: Path | None = None
+        self,
+        path: Path,
+        spec: GraphSpec,
+        threads: int,
+        shrink_arena: bool = False,
+        trace: Path | None = None,
+        operators: Path | None = None,
     ) -> None:
         self.spec = spec
         options = ort.SessionOptions()
@@ -45,6 +56,8 @@ class OrtGraph:
         if self._for_tensorrt:  # as it stands: fused, ONNX Runtime would round activations in front of int4 weights
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
+            if operators is not None:
+                options.register_custom_ops_library(str(operators))
             self._session = ort.InferenceSession(str(path), options, providers=[PROVIDER])
         except Exception as e:  # onnxruntime raises its own classes, undocumented
             raise EngineError(
@@ -142,12 +155,13 @@ class OrtEngine:
         self.limits = EngineLimits()
 
     def _roles(self, bundle: Bundle) -> list[str]:
-        return [role for role in bundle.graphs if role != OPENVINO_PREFILL]
+        return [role for role in bundle.graphs if role not in (OPENVINO_PREFILL, NATIVE_DECODER)]
 
     def _open(self, bundle: Bundle, role: str) -> GraphRunner:
-        graph = bundle.graphs[role]
+        operators = native_library() if role == "decoder" and uses_native_kernels(bundle) else None
+        graph = bundle.graphs[role if operators is None else NATIVE_DECODER]
         trace = None if self._trace is None else self._trace / role
-        return OrtGraph(bundle.path(graph.file), graph.spec, self.threads, role == "vision", trace)
+        return OrtGraph(bundle.path(graph.file), graph.spec, self.threads, role == "vision", trace, operators)
 
     @property
     def graphs(self) -> Mapping[str, GraphRunner]:
@@ -172,6 +186,17 @@ class OrtEngine:
     def close(self) -> None:
         """Free the sessions; the engine cannot run afterwards."""
         self._graphs.clear()
+
+
+def uses_native_kernels(bundle: Bundle) -> bool:
+    """Whether the decoder is the graph with our own products: the bundle has it, and this machine the kernels."""
+    if NATIVE_DECODER not in bundle.graphs:
+        return False
+    try:
+        native_library()
+    except EngineError:
+        return False
+    return True
 
 
 def release_weight_files(bundle: Bundle) -> None:

@@ -1,0 +1,50 @@
+/* Products with weights of 4 or 8 bits in blocks: what the operator and the instruction sets share.
+ *
+ * y = x Wᵀ + bias, where a weight is (code - zero point) × scale of its block, and x is rounded to int8 with one scale
+ * for every row and block: the arithmetic of ONNX Runtime's MatMulNBits with accuracy_level 4, over the same bytes.
+ */
+#pragma once
+
+#include <stdint.h>
+
+enum { CHUNK = 128 }; /* columns that one step takes; rows of activations are padded to whole chunks */
+#define TINY 1e-30f   /* a scale below it has no inverse worth the name: all zeros then */
+
+typedef struct {
+    const uint8_t *codes;  /* [rows, blocks, block * bits / 8]; of two codes in a byte the low bits come first */
+    const float *scales;   /* [rows, blocks] */
+    const uint8_t *zeros;  /* [rows, ceil(blocks * bits / 8)], or NULL: 8 of 4 bits, 128 of 8 */
+    const float *bias;     /* [rows], or NULL */
+    int64_t rows, columns, blocks;
+    int bits, block;       /* 4 or 8; 32, 64 or a multiple of 128 */
+} Weight;
+
+/* Rows of x, rounded. Codes of 4-bit weights lie two in a byte, so within a chunk columns 0, 2, 4... come first and
+ * 1, 3, 5... behind them. Sums are of units: blocks, or chunks where a block is longer. */
+typedef struct {
+    int8_t *codes;   /* [chunks, rows, CHUNK], zero behind the last column */
+    int32_t *sums;   /* [chunks, rows, units of a chunk] */
+    float *scales;   /* [rows, padded blocks], zero behind the last block */
+    float *totals;   /* [rows, padded blocks]: sums of whole blocks */
+    int64_t rows, chunks, padded;
+    int units;       /* of a chunk: 1, 2 or 4 */
+} Activations;
+
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+    /* Rows [first, last) of x [rows, columns] into `to`. */
+    void (*round)(const Weight *w, const float *x, const Activations *to, int64_t first, int64_t last);
+    /* Outputs [first, last), which are rows of the weight, of every row of x: y [x->rows, w->rows]. */
+    void (*multiply)(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last);
+} Kernels;
+
+extern const Kernels nbits_avx512, nbits_avx2, nbits_neon;
+
+static inline int64_t weight_row_bytes(const Weight *w) { return w->blocks * w->block * w->bits / 8; }
+
+static inline int weight_zero(const Weight *w, int64_t row, int64_t block) {
+    if (w->zeros == 0) return w->bits == 4 ? 8 : 128;
+    if (w->bits == 8) return w->zeros[row * w->blocks + block];
+    return w->zeros[row * ((w->blocks + 1) / 2) + block / 2] >> (block % 2 * 4) & 15;
+}
