@@ -1,19 +1,26 @@
-"""The native dialect: the ONNX Runtime decoder with edgevl's own products (runtime/native) in place of MatMulNBits.
+"""The native dialects: ONNX Runtime's graphs with edgevl's own operators (runtime/native) in them.
 
-The bytes of the weights are the same, so the graph is a second small file beside the decoder's, which stays for devices
-without the kernels: they are built where a C compiler is found.
+A decoder has our products in place of MatMulNBits. A vision encoder of W8A8 has products that round their inputs
+themselves, QuickGelu behind them, and attention in int8 that rotates queries and keys itself. The bytes of the weights
+are the same, so each is a second small file beside the graph that stays for devices without the kernels: they are built
+where a C compiler is found.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
 
 from edgevl.export.dialect_ort import OrtDialect
 from edgevl.export.graph import EDGEVL
 from edgevl.export.precision import Precision
 from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint
 
-__all__ = ["NativeDialect", "has_native_decoder"]
+__all__ = ["NativeDialect", "NativeVisionDialect", "has_native_decoder", "has_native_vision"]
 
 _LEAST_BLOCK = 32
+_MOST_HEAD_DIM = 128
 
 
 def has_native_decoder(precision: Precision, checkpoint: Checkpoint) -> bool:
@@ -23,7 +30,37 @@ def has_native_decoder(precision: Precision, checkpoint: Checkpoint) -> bool:
     return taken and precision.dtype == "float32" and precision.table.kind == "blocks"
 
 
+def has_native_vision(precision: Precision, checkpoint: Checkpoint) -> bool:
+    """Whether a vision encoder is of W8A8 with scales found at run time, and its heads are what the kernels take."""
+    vision = checkpoint.config.vision
+    layers = [q for name, q in checkpoint.layers.items() if name.startswith("visual.")]
+    dynamic = all(q.kind == "int8" and q.input_scale is None for q in layers)
+    return precision.linear.kind == "w8a8" and dynamic and vision.head_dim <= _MOST_HEAD_DIM
+
+
 class NativeDialect(OrtDialect):
     """Implements edgevl.export.dialect.Dialect for a decoder."""
 
     nbits_domain = EDGEVL
+
+
+class NativeVisionDialect(OrtDialect):
+    """Implements edgevl.export.dialect.Dialect for a vision encoder."""
+
+    def _w8a8_product(self, x: ir.Value, names: Sequence[str], bias: ir.Value | None) -> ir.Value:
+        codes, scales = self._weights.channels(names)
+        size = {"K": self._weights.columns_of(names[0]), "N": self._weights.rows_of(names), "quick_gelu": 0}
+        inputs = [x, codes, scales] if bias is None else [x, codes, scales, bias]
+        return self.builder.op("MatMulInt8", inputs, size, domain=EDGEVL)
+
+    def quick_gelu(self, x: ir.Value) -> ir.Value:
+        product = x.producer()
+        if product is None or product.op_type != "MatMulInt8":
+            return super().quick_gelu(x)
+        product.attributes["quick_gelu"] = ir.AttrInt64("quick_gelu", 1)
+        return x
+
+    def frame_attention(self, x: ir.Value, qkv: str) -> ir.Value:
+        inputs = [self._product(x, [qkv], True), self.input("rotary_cos"), self.input("rotary_sin")]
+        heads = {"num_heads": self._config.vision.num_heads}
+        return self.builder.op("FrameAttention", inputs, heads, domain=EDGEVL)

@@ -152,13 +152,17 @@ class OrtDialect:
         if form.kind == "float":
             y = self.builder.op("MatMul", [x, self._weights.transposed(names)])
         elif form.kind == "w8a8":
-            unit, largest = self._unit_rows(x)
-            codes, scales = self._weights.channels(names)
-            y = self.builder.op("DynamicQuantizeMatMul", [unit, codes, scales], domain=MICROSOFT)
-            y = self.builder.op("Mul", [y, largest])
+            return self._w8a8_product(x, names, added)
         else:
             return self._matmul_nbits(x, self._weights.blocks(names, form), added)
         return y if added is None else self.builder.op("Add", [y, added])
+
+    def _w8a8_product(self, x: ir.Value, names: Sequence[str], bias: ir.Value | None) -> ir.Value:
+        unit, largest = self._unit_rows(x)
+        codes, scales = self._weights.channels(names)
+        y = self.builder.op("DynamicQuantizeMatMul", [unit, codes, scales], domain=MICROSOFT)
+        y = self.builder.op("Mul", [y, largest])
+        return y if bias is None else self.builder.op("Add", [y, bias])
 
     def _static_product(self, x: ir.Value, names: Sequence[str], scale: float, bias: ir.Value | None) -> ir.Value:
         """x as uint8 around 128, which is the int8 of the scheme (the kernel for u8 × s8 is 40 times that for s8 × s8);

@@ -16,12 +16,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edgevl.export.decoder import write_decoder
-from edgevl.export.further_graphs import write_further_graphs
+from edgevl.export.further_graphs import write_further_decoders, write_further_encoders
 from edgevl.export.graph import DataFile
 from edgevl.export.precision import Precision
 from edgevl.export.targets import TARGETS, Target, find_target
 from edgevl.export.vision_encoder import write_vision_encoder
-from edgevl.runtime.bundle import MANIFEST, NATIVE_DECODER, OPENVINO_PREFILL, Bundle, FileEntry, GraphEntry, file_sha256
+from edgevl.runtime.bundle import (
+    MANIFEST,
+    NATIVE_DECODER,
+    NATIVE_VISION,
+    OPENVINO_PREFILL,
+    Bundle,
+    FileEntry,
+    GraphEntry,
+    file_sha256,
+)
 from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint, expected_shapes
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, InputError
@@ -247,6 +256,8 @@ def _write(
         write_vision_encoder(dialect, config.vision)
         dialect.builder.save(folder / "vision.onnx")
         graphs["vision"] = GraphEntry("vision.onnx", plan.vision.name, spec)
+        if plan.target.name == "cpu":
+            graphs |= write_further_encoders(checkpoint, plan.vision, spec, data)
         digest = data.sha256()
     files["vision.onnx.data"] = FileEntry((folder / "vision.onnx.data").stat().st_size, digest)
     with DataFile(folder / "decoder.onnx.data", on_tensor) as data:
@@ -261,7 +272,7 @@ def _write(
             dialect.builder.save(folder / f"{role}.onnx")
             graphs[role] = GraphEntry(f"{role}.onnx", precision.name, spec)
         if plan.target.name == "cpu":
-            graphs |= write_further_graphs(sources, plan.decoder, graphs["decoder"].spec, data)
+            graphs |= write_further_decoders(sources, plan.decoder, graphs["decoder"].spec, data)
         digest = data.sha256()
     files["decoder.onnx.data"] = FileEntry((folder / "decoder.onnx.data").stat().st_size, digest)
     for path in sorted(folder.iterdir()):
@@ -386,7 +397,7 @@ def _part_reports(folder: Path, bundle: Bundle) -> Iterator[PartReport]:
     for name, entry in bundle.files.items():
         part = "golden" if name.startswith("golden/") else name.split(".")[0]
         decoders = dict.fromkeys(("prefill", OPENVINO_PREFILL, NATIVE_DECODER), "decoder")
-        part = {**decoders, "chat_template": "tokenizer"}.get(part, part)
+        part = {**decoders, NATIVE_VISION: "vision", "chat_template": "tokenizer"}.get(part, part)
         sizes[part] = sizes.get(part, 0) + entry.size
     for part, precision in (("vision", bundle.graphs["vision"].precision), ("decoder", decoder)):
         yield PartReport(part, precision, sizes.pop(part))

@@ -22,6 +22,7 @@ from edgevl.runtime.mrope import MROPE_RULES
 __all__ = [
     "MANIFEST",
     "NATIVE_DECODER",
+    "NATIVE_VISION",
     "OPENVINO_PREFILL",
     "SCHEMA_VERSION",
     "Bundle",
@@ -33,8 +34,8 @@ __all__ = [
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 OPENVINO_PREFILL = "prefill_openvino"
-NATIVE_DECODER = "decoder_native"
-GRAPH_ROLES = ("vision", "decoder", "prefill", OPENVINO_PREFILL, NATIVE_DECODER)
+NATIVE_DECODER, NATIVE_VISION = "decoder_native", "vision_native"
+GRAPH_ROLES = ("vision", "decoder", "prefill", OPENVINO_PREFILL, NATIVE_DECODER, NATIVE_VISION)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class GraphEntry:
 @dataclass(frozen=True)
 class Bundle:
     """An opened manifest. `graphs` has `vision` and `decoder`, `prefill` where prefill has a graph of its own,
-    `prefill_openvino` where the engine `openvino` has one, and `decoder_native`, the decoder with our own kernels."""
+    `prefill_openvino` where the engine `openvino` has one, and `decoder_native` and `vision_native`, the
+    same with our own kernels."""
 
     folder: Path
     model: ModelConfig

@@ -1,8 +1,9 @@
-"""Our own products with weights of 4 and 8 bits, for ONNX Runtime on the CPU: whether this machine has them.
+"""Our own operators for ONNX Runtime on the CPU: whether this machine has them.
 
 `runtime/native` is C, built as edgevl is installed where a C compiler is found; everything works without it, more
-slowly. The library registers the operator `edgevl.MatMulNBits` with a session. A decoder graph that uses it reads its
-weights where they lie in the bundle's mapped file, in the layout of `com.microsoft.MatMulNBits`, which repacks them.
+slowly. The library registers its operators with a session: `edgevl.MatMulNBits` for decoders, products with weights of 4
+and 8 bits read where they lie in the bundle's mapped file; `edgevl.MatMulInt8` and `edgevl.FrameAttention` for vision
+encoders of W8A8.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from edgevl.runtime.errors import EngineError, InputError
 
-__all__ = ["SWITCH", "kernel_instructions", "native_library"]
+__all__ = ["SWITCH", "has_vision_kernels", "kernel_instructions", "native_library"]
 
 SWITCH = "EDGEVL_KERNELS"  # environment: "off" leaves the kernels out
 _NAME = "_kernels*.so"
@@ -38,6 +39,11 @@ def kernel_instructions() -> str:
     return _instructions(native_library())
 
 
+def has_vision_kernels() -> bool:
+    """Whether the library has the vision encoder's operators for this processor, too. Raises as `native_library`."""
+    return bool(_instructions(native_library(), "edgevl_vision_instructions"))
+
+
 @cache
 def _find(switch: str) -> tuple[Path | None, str]:
     if switch not in ("", "on", "off"):
@@ -54,7 +60,7 @@ def _find(switch: str) -> tuple[Path | None, str]:
     return (path, "") if known else (None, "this processor has none of the instructions that they know")
 
 
-def _instructions(path: Path) -> str:
-    function = ctypes.CDLL(str(path)).edgevl_instructions
+def _instructions(path: Path, name: str = "edgevl_instructions") -> str:
+    function = ctypes.CDLL(str(path))[name]
     function.restype = ctypes.c_char_p
     return (function() or b"").decode()

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from edgevl.runtime.bundle import NATIVE_DECODER, OPENVINO_PREFILL, Bundle
+from edgevl.runtime.bundle import NATIVE_DECODER, NATIVE_VISION, OPENVINO_PREFILL, Bundle
 from edgevl.runtime.engine import EngineLimits, GraphRunner, usable_cores
 from edgevl.runtime.errors import EngineError, InputError
 from edgevl.runtime.graph_spec import APPENDED, GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
-from edgevl.runtime.native_kernels import native_library
+from edgevl.runtime.native_kernels import has_vision_kernels, native_library
 from edgevl.runtime.trt_feeds import is_tensorrt_spec, store_appended, tensorrt_feeds
 
 __all__ = ["OrtEngine", "OrtGraph", "check_signature", "check_version"]
@@ -155,12 +155,13 @@ class OrtEngine:
         self.limits = EngineLimits()
 
     def _roles(self, bundle: Bundle) -> list[str]:
-        return [role for role in bundle.graphs if role not in (OPENVINO_PREFILL, NATIVE_DECODER)]
+        return [role for role in bundle.graphs if role not in (OPENVINO_PREFILL, NATIVE_DECODER, NATIVE_VISION)]
 
     def _open(self, bundle: Bundle, role: str) -> GraphRunner:
-        operators = native_library() if role == "decoder" and uses_native_kernels(bundle) else None
-        graph = bundle.graphs[role if operators is None else NATIVE_DECODER]
+        native = native_role(bundle, role)
+        graph = bundle.graphs[native or role]
         trace = None if self._trace is None else self._trace / role
+        operators = None if native is None else native_library()
         return OrtGraph(bundle.path(graph.file), graph.spec, self.threads, role == "vision", trace, operators)
 
     @property
@@ -188,15 +189,22 @@ class OrtEngine:
         self._graphs.clear()
 
 
-def uses_native_kernels(bundle: Bundle) -> bool:
-    """Whether the decoder is the graph with our own products: the bundle has it, and this machine the kernels."""
-    if NATIVE_DECODER not in bundle.graphs:
-        return False
+def native_role(bundle: Bundle, role: str) -> str | None:
+    """The graph with our own operators that is used in place of `role`: the bundle has one, and this machine the
+    kernels."""
+    native = {"decoder": NATIVE_DECODER, "vision": NATIVE_VISION}.get(role)
+    if native not in bundle.graphs:
+        return None
     try:
-        native_library()
+        usable = has_vision_kernels() if native == NATIVE_VISION else bool(native_library())
     except EngineError:
-        return False
-    return True
+        return None
+    return native if usable else None
+
+
+def uses_native_kernels(bundle: Bundle) -> bool:
+    """Whether the decoder is the graph with our own products."""
+    return native_role(bundle, "decoder") is not None
 
 
 def release_weight_files(bundle: Bundle) -> None:

@@ -4,30 +4,26 @@
  * / 8], scales float [N, blocks], zero_points uint8 [N, ceil(blocks × bits / 8)] or none, g_idx, which must be absent,
  * bias float [N] or none. Weights are read where they are, out of the mapped file: nothing is repacked or copied.
  */
-#include <stdlib.h>
-#include <string.h>
-
 #include "nbits.h"
-#include "ort_abi.h"
-
-#define EXPORT __attribute__((visibility("default")))
-#define CHECK(call)                           \
-    do {                                      \
-        Status *status = (call);              \
-        if (status != NULL) return status;    \
-    } while (0)
+#include "operator.h"
 
 enum {
     TASK_BYTES = 1 << 17, /* of weights, that one thread takes at a time: some 10 µs, so that none waits for long */
     INPUTS = 6, G_IDX = 4, BIAS = 5,
-    MOST_DIMENSIONS = 8,
     TASK_OUTPUTS = 32,    /* a multiple of a tile's */
     ROWS_AT_A_TIME = 8,   /* to round */
 };
 
-static const Kernels *const all_kernels[] = {
-#if defined(__x86_64__) && defined(__GNUC__)
+static const Kernels *const all_kernels[] = { /* best first */
+#ifdef NBITS_X86
     &nbits_avx512,
+#ifdef NBITS_AVX_VNNI
+    &nbits_avx_vnni,
+#endif
+    &nbits_avx2,
+#endif
+#ifdef NBITS_NEON
+    &nbits_neon,
 #endif
     NULL,
 };
@@ -45,8 +41,6 @@ EXPORT const char *edgevl_instructions(void) {
 }
 
 /* ---------------------------------------------------------------------------------------------- rows and their room */
-
-static int64_t up_to(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 /* One allocation for all of it; NULL: no memory. */
 static void *make_room(const Weight *w, int64_t rows, Activations *x) {
@@ -109,67 +103,36 @@ static void multiply_task(void *data, size_t i) {
                                   last < call->weight.rows ? last : call->weight.rows);
 }
 
-/* An input's data, NULL where an optional one is absent. */
-static Status *input_data(const Node *node, const KernelContext *context, size_t index, const void **data) {
-    const Value *value = NULL;
-    *data = NULL;
-    CHECK(KernelContext_GetInput(node->api)(context, index, &value));
-    return value == NULL ? NULL : GetTensorMutableData(node->api)((Value *)value, (void **)data);
-}
-
-static Status *open_rows(const Node *node, KernelContext *context, int64_t *rows, float **y) {
-    const Api api = node->api;
-    const Value *value = NULL;
-    ShapeInfo *shape = NULL;
-    size_t count = 0;
-    int64_t dims[MOST_DIMENSIONS];
-    CHECK(KernelContext_GetInput(api)(context, 0, &value));
-    CHECK(GetTensorTypeAndShape(api)(value, &shape));
-    Status *status = GetDimensionsCount(api)(shape, &count);
-    if (status == NULL && count >= 1 && count <= MOST_DIMENSIONS) status = GetDimensions(api)(shape, dims, count);
-    ReleaseTensorTypeAndShapeInfo(api)(shape);
-    if (status != NULL) return status;
-    if (count < 1 || count > MOST_DIMENSIONS || dims[count - 1] != node->columns)
-        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: the last axis of A is not K");
-    *rows = 1;
-    for (size_t i = 0; i + 1 < count; i++) *rows *= dims[i];
-    dims[count - 1] = node->rows;
-    Value *output = NULL;
-    CHECK(KernelContext_GetOutput(api)(context, 0, dims, count, &output));
-    return GetTensorMutableData(api)(output, (void **)y);
-}
-
 static Status *compute(void *kernel, KernelContext *context) {
     const Node *node = kernel;
+    const Api api = node->api;
     Call call = {.node = node};
     Weight *w = &call.weight;
+    const void *order = NULL;
+    int64_t rows = 0;
     w->rows = node->rows, w->columns = node->columns, w->bits = (int)node->bits, w->block = (int)node->block;
     w->blocks = up_to(w->columns, w->block) / w->block;
-    CHECK(input_data(node, context, 0, (const void **)&call.x));
-    CHECK(input_data(node, context, 1, (const void **)&w->codes));
-    CHECK(input_data(node, context, 2, (const void **)&w->scales));
-    CHECK(input_data(node, context, 3, (const void **)&w->zeros));
-    const void *order = NULL;
-    CHECK(input_data(node, context, G_IDX, &order));
-    CHECK(input_data(node, context, BIAS, (const void **)&w->bias));
-    int64_t rows = 0;
-    CHECK(open_rows(node, context, &rows, &call.y));
+    CHECK(input_data(api, context, 0, &call.x));
+    CHECK(input_data(api, context, 1, &w->codes));
+    CHECK(input_data(api, context, 2, &w->scales));
+    CHECK(input_data(api, context, 3, &w->zeros));
+    CHECK(input_data(api, context, G_IDX, &order));
+    CHECK(input_data(api, context, BIAS, &w->bias));
     if (order != NULL)
-        return CreateStatus(node->api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: takes no g_idx; reorder A's columns");
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: takes no g_idx; reorder A's columns");
+    CHECK(open_product(api, context, w->columns, w->rows, &rows, &call.y));
     if (rows == 0) return NULL;
     void *room = make_room(w, rows, &call.rounded);
-    if (room == NULL) return CreateStatus(node->api)(ABI_FAIL, "edgevl.MatMulNBits: no memory for the rounded rows");
+    if (room == NULL) return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: no memory for the rounded rows");
     Status *status = NULL;
     if (rows <= ROWS_AT_A_TIME)
         node->kernels->round(w, call.x, &call.rounded, 0, rows);
     else
-        status = KernelContext_ParallelFor(node->api)(context, round_task, up_to(rows, ROWS_AT_A_TIME) / ROWS_AT_A_TIME, 0,
-                                                      &call);
+        status = parallel(api, context, round_task, up_to(rows, ROWS_AT_A_TIME) / ROWS_AT_A_TIME, &call);
     const int64_t wanted = TASK_BYTES / weight_row_bytes(w);
     call.outputs = up_to(wanted > 1 ? wanted : 1, TASK_OUTPUTS);
     if (status == NULL)
-        status = KernelContext_ParallelFor(node->api)(context, multiply_task, up_to(w->rows, call.outputs) / call.outputs, 0,
-                                                      &call);
+        status = parallel(api, context, multiply_task, up_to(w->rows, call.outputs) / call.outputs, &call);
     free(room);
     return status;
 }
@@ -177,56 +140,24 @@ static Status *compute(void *kernel, KernelContext *context) {
 static Status *create(const CustomOp *op, Api api, const KernelInfo *info, void **kernel) {
     (void)op;
     Node node = {.api = api, .kernels = usable_kernels()};
-    const struct { const char *name; int64_t *to; } wanted[] = {
-        {"N", &node.rows}, {"K", &node.columns}, {"block_size", &node.block}, {"bits", &node.bits}};
-    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
-        CHECK(KernelInfoGetAttribute_int64(api)(info, wanted[i].name, wanted[i].to));
+    const char *const names[] = {"N", "K", "block_size", "bits"};
+    int64_t *const to[] = {&node.rows, &node.columns, &node.block, &node.bits};
+    CHECK(attributes(api, info, names, to, 4));
     if (node.kernels == NULL)
         return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: this processor has no instructions that it knows");
     const int known_block = node.block == 32 || node.block == 64 || (node.block > 0 && node.block % CHUNK == 0);
     if ((node.bits != 4 && node.bits != 8) || !known_block || node.rows < 1 || node.columns < 1)
         return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: expected bits 4 or 8, a block_size of 32, 64 or "
                                                        "a multiple of 128, and N and K of at least 1");
-    *kernel = malloc(sizeof node);
-    if (*kernel == NULL) return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: no memory");
-    memcpy(*kernel, &node, sizeof node);
-    return NULL;
+    return keep(api, &node, sizeof node, kernel);
 }
 
-static void destroy(void *kernel) { free(kernel); }
 static const char *name(const CustomOp *op) { (void)op; return "MatMulNBits"; }
-static const char *provider(const CustomOp *op) { (void)op; return "CPUExecutionProvider"; }
 static size_t input_count(const CustomOp *op) { (void)op; return INPUTS; }
-static size_t output_count(const CustomOp *op) { (void)op; return 1; }
+static int input_kind(const CustomOp *op, size_t i) { (void)op; return i < 3 ? ABI_REQUIRED : ABI_OPTIONAL; }
 static int input_type(const CustomOp *op, size_t i) {
     (void)op;
     return i == 1 || i == 3 ? ABI_UINT8 : i == G_IDX ? ABI_INT32 : ABI_FLOAT;
 }
-static int output_type(const CustomOp *op, size_t i) { (void)op; (void)i; return ABI_FLOAT; }
-static int input_kind(const CustomOp *op, size_t i) { (void)op; return i < 3 ? ABI_REQUIRED : ABI_OPTIONAL; }
-static int output_kind(const CustomOp *op, size_t i) { (void)op; (void)i; return ABI_REQUIRED; }
-static int memory_type(const CustomOp *op, size_t i) { (void)op; (void)i; return 0; }
-static int none(const CustomOp *op) { (void)op; return 0; }
-static int first_version(const CustomOp *op) { (void)op; return 1; }
 
-static const CustomOp matmul_nbits = {
-    .version = ABI_VERSION, .GetName = name, .GetExecutionProviderType = provider, .GetInputType = input_type,
-    .GetInputTypeCount = input_count, .GetOutputType = output_type, .GetOutputTypeCount = output_count,
-    .KernelDestroy = destroy, .GetInputCharacteristic = input_kind, .GetOutputCharacteristic = output_kind,
-    .GetInputMemoryType = memory_type, .GetVariadicInputMinArity = none, .GetVariadicInputHomogeneity = none,
-    .GetVariadicOutputMinArity = none, .GetVariadicOutputHomogeneity = none, .CreateKernelV2 = create,
-    .KernelComputeV2 = compute, .GetStartVersion = first_version, .GetEndVersion = first_version,
-};
-
-/* Looked up by ONNX Runtime under this name. The domain lives as long as the process. */
-EXPORT Status *RegisterCustomOps(SessionOptions *options, const ApiBase *base) {
-    static Domain *domain = NULL;
-    const Api api = base->GetApi(ABI_VERSION);
-    if (domain == NULL) {
-        Domain *made = NULL;
-        CHECK(CreateCustomOpDomain(api)("edgevl", &made));
-        CHECK(CustomOpDomain_Add(api)(made, &matmul_nbits));
-        domain = made;
-    }
-    return AddCustomOpDomain(api)(options, domain);
-}
+const CustomOp matmul_nbits = OPERATOR(name, input_count, input_type, input_kind, create, compute, free);

@@ -39,7 +39,19 @@ typedef struct {
     void (*multiply)(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last);
 } Kernels;
 
-extern const Kernels nbits_avx512, nbits_avx2, nbits_neon;
+/* Compilers that know the instructions: Clang's arm_neon.h names the dot product of any target only since 16. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define NBITS_X86 1
+#if defined(__clang__) ? __clang_major__ >= 13 : __GNUC__ >= 11
+#define NBITS_AVX_VNNI 1
+#endif
+#elif defined(__aarch64__) && defined(__GNUC__)
+#if !defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_DOTPROD)
+#define NBITS_NEON 1
+#endif
+#endif
+
+extern const Kernels nbits_avx512, nbits_avx_vnni, nbits_avx2, nbits_neon;
 
 static inline int64_t weight_row_bytes(const Weight *w) { return w->blocks * w->block * w->bits / 8; }
 

@@ -10,7 +10,7 @@
 
 #define ABI_VERSION 17 /* ONNX Runtime 1.17: KernelContext_ParallelFor */
 
-enum { ABI_FLOAT = 1, ABI_UINT8 = 2, ABI_INT32 = 6 };           /* ONNXTensorElementDataType */
+enum { ABI_FLOAT = 1, ABI_UINT8 = 2, ABI_INT8 = 3, ABI_INT32 = 6 };           /* ONNXTensorElementDataType */
 enum { ABI_REQUIRED = 0, ABI_OPTIONAL = 1 };      /* OrtCustomOpInputOutputCharacteristic */
 enum { ABI_FAIL = 1, ABI_INVALID_ARGUMENT = 2 };  /* OrtErrorCode */
 
@@ -68,4 +68,5 @@ ABI_SLOT(86, Status *, KernelInfoGetAttribute_int64, const KernelInfo *, const c
 ABI_SLOT(90, Status *, KernelContext_GetInput, const KernelContext *, size_t, const Value **)
 ABI_SLOT(91, Status *, KernelContext_GetOutput, KernelContext *, size_t, const int64_t *, size_t, Value **)
 ABI_SLOT(99, void, ReleaseTensorTypeAndShapeInfo, ShapeInfo *)
+ABI_SLOT(249, Status *, KernelInfoGetConstantInput_tensor, const KernelInfo *, size_t, int *, const Value **)
 ABI_SLOT(274, Status *, KernelContext_ParallelFor, const KernelContext *, void (*)(void *, size_t), size_t, size_t, void *)

@@ -1,0 +1,159 @@
+/* AVX2 (Intel since Haswell, AMD since Zen); with AVX_VNNI defined, the same and AVX-VNNI (Intel since Alder Lake). */
+#include "nbits.h"
+#ifdef NBITS_X86
+#include <cpuid.h>
+#include <immintrin.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__clang__) && defined(AVX_VNNI)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
+#elif defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#elif defined(AVX_VNNI)
+#pragma GCC target("avx2,fma,avxvnni")
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#include "nbits_common.h"
+
+enum { LANES = 8, TILE_REGISTERS = 2 };
+
+typedef __m256i Bytes, Ints;
+typedef __m256 Floats;
+typedef const int8_t *Columns;
+
+/* ------------------------------------------------------------------------------------------------- sums of products */
+
+INLINE Ints no_sums(void) { return _mm256_setzero_si256(); }
+
+#ifdef AVX_VNNI
+
+enum { TILE_ROWS = 6, OFFSET = 0 };
+
+INLINE Bytes whole_codes(Bytes bytes) { return bytes; }
+INLINE Ints begin(Ints d, int bits) { return (void)bits, d; }
+INLINE Ints finish(Ints d, Ints sums, int bits) { return (void)d, (void)bits, sums; }
+INLINE Ints dot(Ints sums, Bytes codes, Bytes x, int bits) {
+    return (void)bits, _mm256_dpbusd_avx_epi32(sums, codes, x);
+}
+
+#else
+
+enum { TILE_ROWS = 4, OFFSET = 128 };
+
+INLINE Bytes whole_codes(Bytes bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
+
+/* Products of 4-bit codes stay sums of 16 bits meanwhile: 16 of 15 × 127 fit. */
+INLINE Ints begin(Ints d, int bits) { return bits == 4 ? no_sums() : d; }
+
+INLINE Ints finish(Ints d, Ints sums, int bits) {
+    return bits == 4 ? _mm256_add_epi32(d, _mm256_madd_epi16(sums, _mm256_set1_epi16(1))) : sums;
+}
+
+/* GCC would first make all the terms of a sum, more than there are registers, and then add them. */
+INLINE Ints in_order(Ints sums) {
+    __asm__("" : "+x"(sums));
+    return sums;
+}
+
+/* Two products of 8-bit codes fit into 16 bits only when the codes are signed, 2 × 128 × 127; the instruction wants one
+ * side unsigned, so the sign of the codes goes over to x. */
+INLINE Ints dot(Ints sums, Bytes codes, Bytes x, int bits) {
+    if (bits == 4) return in_order(_mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, x)));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
+    return in_order(_mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+}
+
+#endif
+
+INLINE Columns load_columns(const int8_t *x) { return x; }
+
+INLINE Ints dot_lane(Ints sums, Bytes codes, Columns x, int lane, int bits) {
+    int32_t four;
+    memcpy(&four, x + 4 * lane, sizeof four);
+    return dot(sums, codes, _mm256_set1_epi32(four), bits);
+}
+
+/* Both fit into 16 bits: one instruction, where a product of 32 bits takes two. It multiplies the upper halves too,
+ * which hold signs: those of the zero points are cleared. */
+INLINE Ints zero_products(int32_t sum, const int32_t *zeros) {
+    const __m256i low = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)zeros), _mm256_set1_epi32(0xffff));
+    return _mm256_madd_epi16(low, _mm256_set1_epi32(-sum));
+}
+
+/* ------------------------------------------------------------------------------------------------- bytes and floats */
+
+INLINE Bytes load_bytes(const void *from) { return _mm256_loadu_si256(from); }
+INLINE Bytes low_codes(Bytes bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+INLINE Bytes high_codes(Bytes bytes) { return low_codes(_mm256_srli_epi16(bytes, 4)); }
+
+INLINE Floats splat(float value) { return _mm256_set1_ps(value); }
+INLINE Floats load_floats(const float *from) { return _mm256_loadu_ps(from); }
+INLINE void store_floats(float *to, Floats values) { _mm256_storeu_ps(to, values); }
+INLINE Floats to_floats(Ints values) { return _mm256_cvtepi32_ps(values); }
+
+INLINE Floats load_first_floats(const float *from, int64_t count) {
+    if (count >= LANES) return load_floats(from);
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), lanes));
+}
+
+INLINE float sum_of_lanes(Floats values) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+INLINE Floats spread(const float *factors, int blocks) {
+    const Floats first = splat(factors[0]);
+    return blocks == 1 ? first : _mm256_blend_ps(first, splat(factors[1]), 0xf0);
+}
+
+INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
+    __m256i a[8], b[8];
+    UNROLL for (int i = 0; i < 8; i++)
+        a[i] = load_bytes(from + i * stride);
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) { /* a[i + j]: dwords j and j + 4 of rows i to i + 3 */
+        a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    UNROLL for (int j = 0; j < 4; j++) {
+        out[j] = _mm256_permute2x128_si256(a[j], a[4 + j], 0x20);
+        out[4 + j] = _mm256_permute2x128_si256(a[j], a[4 + j], 0x31);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------ the kernels */
+
+#include "nbits_multiply.h"
+
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+#ifdef AVX_VNNI
+
+/* Asked of the processor itself: compilers' names for it are younger than their instructions. */
+static int supported(void) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+const Kernels nbits_avx_vnni = {"avx-vnni", supported, round_rows, multiply};
+
+#else
+
+const Kernels nbits_avx2 = {"avx2", has_avx2, round_rows, multiply};
+
+#endif
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,73 @@
+/* Rounding rows of x in plain C, which a compiler turns into the instructions of the file that includes this. */
+#pragma once
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "compiler.h"
+#include "nbits.h"
+
+/* As whole numbers: the bits of floats without a sign are in the floats' order, and compilers vectorise only these. */
+INLINE float largest_magnitude(const float *x, int64_t count) {
+    int32_t largest = 0;
+    for (int64_t k = 0; k < count; k++) {
+        int32_t magnitude;
+        memcpy(&magnitude, x + k, sizeof magnitude);
+        magnitude &= INT32_MAX;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float value;
+    memcpy(&value, &largest, sizeof value);
+    return value;
+}
+
+/* Columns as int8, their largest magnitude being 127 × scale. Returns their sum. */
+INLINE int32_t round_columns(const float *x, int count, float scale, int8_t *to) {
+    const float inverse = scale > TINY ? 1 / scale : 0;
+    int32_t sum = 0;
+    for (int k = 0; k < count; k++) {
+        to[k] = (int8_t)(int32_t)__builtin_rintf(x[k] * inverse);
+        sum += to[k];
+    }
+    return sum;
+}
+
+INLINE void round_chunk(const Weight *w, const float *x, const Activations *to, int64_t row, int64_t chunk) {
+    const int64_t first = chunk * CHUNK, block = first / w->block, left = w->columns - first;
+    const float *scales = to->scales + row * to->padded + block;
+    float *totals = to->totals + row * to->padded + block, last[CHUNK];
+    int8_t *codes = to->codes + (chunk * to->rows + row) * CHUNK, plain[CHUNK];
+    int32_t *sums = to->sums + (chunk * to->rows + row) * to->units;
+    const int unit = CHUNK / to->units;
+    const float *from = x + first;
+    if (left < CHUNK) {
+        memset(last, 0, sizeof last);
+        from = memcpy(last, from, left * sizeof(float));
+    }
+    for (int u = 0; u < to->units; u++) {
+        sums[u] = round_columns(from + u * unit, unit, scales[u], plain + u * unit);
+        totals[u] += (float)sums[u];
+    }
+    if (w->bits == 8) {
+        memcpy(codes, plain, CHUNK);
+        return;
+    }
+    for (int k = 0; k < CHUNK / 2; k++) {
+        codes[k] = plain[2 * k];
+        codes[CHUNK / 2 + k] = plain[2 * k + 1];
+    }
+}
+
+static inline void round_rows(const Weight *w, const float *x, const Activations *to, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        const float *from = x + row * w->columns;
+        float *scales = to->scales + row * to->padded;
+        memset(scales, 0, to->padded * sizeof(float));
+        memset(to->totals + row * to->padded, 0, to->padded * sizeof(float));
+        for (int64_t b = 0; b < w->blocks; b++) {
+            const int64_t left = w->columns - b * w->block;
+            scales[b] = largest_magnitude(from + b * w->block, left < w->block ? left : w->block) / 127;
+        }
+        for (int64_t chunk = 0; chunk < to->chunks; chunk++) round_chunk(w, from, to, row, chunk);
+    }
+}

@@ -1,0 +1,98 @@
+/* What all operators share: how ONNX Runtime is asked for tensors, and the descriptions that never change. */
+#pragma once
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "ort_abi.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define CHECK(call)                        \
+    do {                                   \
+        Status *status_ = (call);          \
+        if (status_ != NULL) return status_; \
+    } while (0)
+
+enum { MOST_DIMENSIONS = 8 };
+
+static inline int64_t up_to(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+/* An input's data, NULL where an optional one is absent. */
+static inline Status *input_data(Api api, const KernelContext *context, size_t index, const void *data) {
+    const Value *value = NULL;
+    *(const void **)data = NULL;
+    CHECK(KernelContext_GetInput(api)(context, index, &value));
+    return value == NULL ? NULL : GetTensorMutableData(api)((Value *)value, (void **)data);
+}
+
+/* The axes of an input, at most MOST_DIMENSIONS. */
+static inline Status *input_shape(Api api, const KernelContext *context, size_t index, int64_t *dims, size_t *count) {
+    const Value *value = NULL;
+    ShapeInfo *shape = NULL;
+    CHECK(KernelContext_GetInput(api)(context, index, &value));
+    CHECK(GetTensorTypeAndShape(api)(value, &shape));
+    Status *status = GetDimensionsCount(api)(shape, count);
+    if (status == NULL && *count <= MOST_DIMENSIONS) status = GetDimensions(api)(shape, dims, *count);
+    ReleaseTensorTypeAndShapeInfo(api)(shape);
+    if (status == NULL && *count > MOST_DIMENSIONS)
+        status = CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl: an input has more than 8 axes");
+    return status;
+}
+
+static inline Status *output_data(Api api, KernelContext *context, const int64_t *dims, size_t count, float **y) {
+    Value *output = NULL;
+    CHECK(KernelContext_GetOutput(api)(context, 0, dims, count, &output));
+    return GetTensorMutableData(api)(output, (void **)y);
+}
+
+/* For products: x [..., columns] and y [..., rows of the weight], as two axes. */
+static inline Status *open_product(Api api, KernelContext *context, int64_t columns, int64_t outputs, int64_t *rows,
+                                   float **y) {
+    int64_t dims[MOST_DIMENSIONS];
+    size_t count = 0;
+    CHECK(input_shape(api, context, 0, dims, &count));
+    if (count < 1 || dims[count - 1] != columns)
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl: the last axis of a product's input is not K");
+    *rows = 1;
+    for (size_t i = 0; i + 1 < count; i++) *rows *= dims[i];
+    dims[count - 1] = outputs;
+    return output_data(api, context, dims, count, y);
+}
+
+static inline Status *parallel(Api api, KernelContext *context, void (*task)(void *, size_t), int64_t count, void *data) {
+    return KernelContext_ParallelFor(api)(context, task, count, 0, data);
+}
+
+static inline Status *attributes(Api api, const KernelInfo *info, const char *const *names, int64_t *const *to, int count) {
+    for (int i = 0; i < count; i++) CHECK(KernelInfoGetAttribute_int64(api)(info, names[i], to[i]));
+    return NULL;
+}
+
+/* A copy of a node that lives as long as its kernel. */
+static inline Status *keep(Api api, const void *node, size_t size, void **kernel) {
+    *kernel = malloc(size);
+    if (*kernel == NULL) return CreateStatus(api)(ABI_FAIL, "edgevl: no memory for an operator");
+    memcpy(*kernel, node, size);
+    return NULL;
+}
+
+static inline const char *op_provider(const CustomOp *op) { (void)op; return "CPUExecutionProvider"; }
+static inline size_t op_one_output(const CustomOp *op) { (void)op; return 1; }
+static inline int op_float_output(const CustomOp *op, size_t i) { (void)op; (void)i; return ABI_FLOAT; }
+static inline int op_required_output(const CustomOp *op, size_t i) { (void)op; (void)i; return ABI_REQUIRED; }
+static inline int op_cpu_memory(const CustomOp *op, size_t i) { (void)op; (void)i; return 0; }
+static inline int op_none(const CustomOp *op) { (void)op; return 0; }
+static inline int op_version(const CustomOp *op) { (void)op; return 1; }
+
+#define OPERATOR(name_, inputs_, type_, kind_, create_, compute_, destroy_)                                                      \
+    {                                                                                                                   \
+        .version = ABI_VERSION, .GetName = name_, .GetExecutionProviderType = op_provider, .GetInputType = type_,       \
+        .GetInputTypeCount = inputs_, .GetOutputType = op_float_output, .GetOutputTypeCount = op_one_output,            \
+        .KernelDestroy = destroy_,   .GetInputCharacteristic = kind_, .GetOutputCharacteristic = op_required_output,    \
+        .GetInputMemoryType = op_cpu_memory, .GetVariadicInputMinArity = op_none,                                       \
+        .GetVariadicInputHomogeneity = op_none, .GetVariadicOutputMinArity = op_none,                                   \
+        .GetVariadicOutputHomogeneity = op_none, .CreateKernelV2 = create_, .KernelComputeV2 = compute_,                \
+        .GetStartVersion = op_version, .GetEndVersion = op_version,                                                     \
+    }
+
+extern const CustomOp matmul_nbits, matmul_int8, frame_attention;

@@ -1,0 +1,58 @@
+/* What the vision encoder is made of: products of int8 by int8 and attention of frames. */
+#pragma once
+
+#include <stdint.h>
+
+enum { OUTPUTS = 32 }; /* of one tile of a packed weight */
+
+/* y = activation(x Wᵀ + bias), x rounded to int8 with one scale per row. */
+typedef struct {
+    const int8_t *codes;  /* [padded rows / OUTPUTS, padded columns / 4, OUTPUTS, 4], see `pack` */
+    const int32_t *offsets; /* [padded rows]: 128 × the sums of a row's codes, which the 128 in every code of x adds */
+    const float *scales;  /* [rows] */
+    const float *bias;    /* [rows], or NULL */
+    int64_t rows, columns;
+    int quick_gelu;       /* y × sigmoid(1.702 y), else y itself */
+} Int8Weight;
+
+typedef struct {
+    uint8_t *codes;  /* [rows, stride]: int8 + 128, which is 128 behind the last column */
+    float *scales;   /* [rows] */
+    int64_t rows, stride;
+} Int8Rows;
+
+/* Every frame attends to itself, without a mask. Queries and keys are rotated here. */
+typedef struct {
+    const float *qkv;         /* [frames, length, 3 × heads × dim] */
+    const float *cosine, *sine; /* [frames, length, dim / 2] */
+    float *out;               /* [frames, length, heads × dim] */
+    int64_t frames, length, heads, dim;
+    float scale;
+    /* Of every frame and head, laid out by `prepare`: */
+    uint8_t *keys;            /* blocks of KEYS, [dim / 4, KEYS, 4]: int8 + 128 */
+    int8_t *values;           /* blocks of KEYS, [KEYS / 4, padded dim, 4] */
+    float *key_scales;        /* [padded length] */
+    float *value_scales;      /* blocks of KEYS, [padded dim] */
+} Attention;
+
+enum { KEYS = 128, QUERIES = 64 };
+
+/* From ONNX's order [columns, rows] into room for w's codes and offsets. */
+void pack_int8(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t *offsets);
+
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+    void (*round)(const Int8Weight *w, const float *x, const Int8Rows *to, int64_t first, int64_t last);
+    void (*multiply)(const Int8Weight *w, const Int8Rows *x, float *y, int64_t first, int64_t last);
+    /* head: frame × heads + head; block: of QUERIES rows. */
+    void (*prepare)(const Attention *a, int64_t head);
+    void (*attend)(const Attention *a, int64_t head, int64_t block);
+} VisionKernels;
+
+extern const VisionKernels vision_avx512;
+
+static inline int64_t padded_rows(const Int8Weight *w) { return (w->rows + OUTPUTS - 1) / OUTPUTS * OUTPUTS; }
+static inline int64_t padded_columns(const Int8Weight *w) { return (w->columns + 3) / 4 * 4; }
+static inline int64_t key_blocks(const Attention *a) { return (a->length + KEYS - 1) / KEYS; }
+static inline int64_t padded_dim(const Attention *a) { return (a->dim + 15) / 16 * 16; }

@@ -1,0 +1,101 @@
+/* AVX-512 with VNNI (Intel since Ice Lake, AMD since Zen 4): products of int8 by int8, one scale per row of x. */
+#include "nbits.h"
+#ifdef NBITS_X86
+#include "attention_avx512.h"
+#include "avx512.h"
+#include "vision.h"
+
+enum {
+    TILE_ROWS = 12,   /* rows of x whose sums fit into the registers beside them */
+    DEPTH = 512,      /* columns of a tile that stay in the first-level cache */
+    MOST_ROWS = 384,  /* rows of x that stay in the second-level cache */
+};
+
+static void round_rows(const Int8Weight *w, const float *x, const Int8Rows *to, int64_t first, int64_t last) {
+    const __m512i middle = _mm512_set1_epi32(128);
+    for (int64_t m = first; m < last; m++) {
+        const float *row = x + m * w->columns;
+        __m512 largest = _mm512_set1_ps(1e-30f);
+        for (int64_t k = 0; k < w->columns; k += 16)
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_of_16(w->columns - k), row + k)));
+        const float scale = _mm512_reduce_max_ps(largest) / 127;
+        const __m512 inverse = _mm512_set1_ps(1 / scale);
+        to->scales[m] = scale;
+        for (int64_t k = 0; k < to->stride; k += 16) {
+            const __mmask16 mask = first_of_16(w->columns - k);
+            const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, mask ? row + k : row), inverse));
+            _mm_storeu_si128((__m128i *)(to->codes + m * to->stride + k), _mm512_cvtusepi32_epi8(_mm512_add_epi32(code, middle)));
+        }
+    }
+}
+
+/* sums [rows, OUTPUTS] += x [rows, 4 × steps] by the tile. */
+INLINE void multiply_tile(const int8_t *tile, const uint8_t *x, int64_t stride, int64_t steps, int count,
+                          int32_t *sums) {
+    __m512i d[TILE_ROWS][2];
+    UNROLL for (int i = 0; i < count; i++)
+        for (int half = 0; half < 2; half++) d[i][half] = _mm512_load_si512(sums + i * OUTPUTS + half * 16);
+    for (int64_t j = 0; j < steps; j++) {
+        const __m512i v0 = _mm512_load_si512(tile + j * 128), v1 = _mm512_load_si512(tile + j * 128 + 64);
+        UNROLL for (int i = 0; i < count; i++) {
+            const __m512i a = broadcast_4(x + i * stride + 4 * j);
+            d[i][0] = _mm512_dpbusd_epi32(d[i][0], a, v0);
+            d[i][1] = _mm512_dpbusd_epi32(d[i][1], a, v1);
+        }
+    }
+    UNROLL for (int i = 0; i < count; i++)
+        for (int half = 0; half < 2; half++) _mm512_store_si512(sums + i * OUTPUTS + half * 16, d[i][half]);
+}
+
+INLINE __m512 quick_gelu(__m512 x) {
+    const __m512 e = exp2_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.702f * 1.44269504f)));
+    return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1)));
+}
+
+static void store_rows(const Int8Weight *w, const Int8Rows *x, float *y, int64_t start, int64_t stop, int64_t n,
+                       int64_t width, const int32_t *sums) {
+    for (int half = 0; half < 2; half++) {
+        const __mmask16 mask = first_of_16(width - half * 16);
+        const int64_t at = mask ? n + half * 16 : 0;
+        const __m512 scales = _mm512_maskz_loadu_ps(mask, w->scales + at);
+        const __m512 bias = w->bias ? _mm512_maskz_loadu_ps(mask, w->bias + at) : _mm512_setzero_ps();
+        const __m512i offsets = _mm512_load_si512(w->offsets + n + half * 16);
+        for (int64_t m = start; m < stop; m++) {
+            const __m512i d = _mm512_sub_epi32(_mm512_load_si512(sums + (m - start) * OUTPUTS + half * 16), offsets);
+            __m512 out = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_mul_ps(scales, _mm512_set1_ps(x->scales[m])), bias);
+            if (w->quick_gelu) out = quick_gelu(out);
+            _mm512_mask_storeu_ps(y + m * w->rows + at, mask, out);
+        }
+    }
+}
+
+static void multiply(const Int8Weight *w, const Int8Rows *x, float *y, int64_t first, int64_t last) {
+    const int64_t room = x->rows < MOST_ROWS ? x->rows : MOST_ROWS, columns = padded_columns(w);
+    int32_t *sums = aligned_alloc(64, room * OUTPUTS * sizeof(int32_t));
+    for (int64_t start = 0; start < x->rows; start += MOST_ROWS)
+        for (int64_t n = first; n < last; n += OUTPUTS) {
+            const int64_t stop = start + MOST_ROWS < x->rows ? start + MOST_ROWS : x->rows;
+            memset(sums, 0, (stop - start) * OUTPUTS * sizeof(int32_t));
+            for (int64_t column = 0; column < columns; column += DEPTH) {
+                const int64_t left = columns - column, steps = (left < DEPTH ? left : DEPTH) / 4;
+                const int8_t *tile = w->codes + n * columns + column * OUTPUTS;
+                const uint8_t *codes = x->codes + column;
+                int64_t m = start;
+                for (; m + TILE_ROWS <= stop; m += TILE_ROWS)
+                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, TILE_ROWS, sums + (m - start) * OUTPUTS);
+                for (; m + 4 <= stop; m += 4)
+                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, 4, sums + (m - start) * OUTPUTS);
+                for (; m < stop; m++)
+                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, 1, sums + (m - start) * OUTPUTS);
+            }
+            store_rows(w, x, y, start, stop, n, last - n < OUTPUTS ? last - n : OUTPUTS, sums);
+        }
+    free(sums);
+}
+
+const VisionKernels vision_avx512 = {"avx512-vnni", has_avx512_vnni, round_rows, multiply, prepare_keys, attend};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,218 @@
+/* The operators MatMulInt8 and FrameAttention of domain "edgevl": what the vision encoder is made of. */
+#include "nbits.h"
+#include "operator.h"
+#include "vision.h"
+
+#include <math.h>
+
+enum {
+    TASK_OUTPUTS = 64,   /* a multiple of a tile's */
+    ROWS_AT_A_TIME = 16, /* to round */
+};
+
+static const VisionKernels *usable_kernels(void) {
+#ifdef NBITS_X86
+    if (vision_avx512.supported()) return &vision_avx512;
+#endif
+    return NULL;
+}
+
+/* As edgevl_instructions, of these operators. */
+EXPORT const char *edgevl_vision_instructions(void) {
+    const VisionKernels *kernels = usable_kernels();
+    return kernels == NULL ? NULL : kernels->name;
+}
+
+/* ------------------------------------------------------------------------------------------------------ MatMulInt8
+ * A float [..., K], B int8 [K, N], scales float [N], bias float [N] or none; attributes K, N and quick_gelu (0 or 1).
+ */
+
+typedef struct {
+    Api api;
+    const VisionKernels *kernels;
+    Int8Weight weight; /* its codes and offsets are ours, scales and bias the graph's, set for every call */
+    int64_t quick_gelu;
+} Product;
+
+typedef struct {
+    const Product *node;
+    Int8Weight weight;
+    Int8Rows rounded;
+    const float *x;
+    float *y;
+} ProductCall;
+
+static void round_task(void *data, size_t i) {
+    const ProductCall *call = data;
+    const int64_t first = (int64_t)i * ROWS_AT_A_TIME, last = first + ROWS_AT_A_TIME;
+    call->node->kernels->round(&call->weight, call->x, &call->rounded, first,
+                               last < call->rounded.rows ? last : call->rounded.rows);
+}
+
+static void multiply_task(void *data, size_t i) {
+    const ProductCall *call = data;
+    const int64_t first = (int64_t)i * TASK_OUTPUTS, last = first + TASK_OUTPUTS;
+    call->node->kernels->multiply(&call->weight, &call->rounded, call->y, first,
+                                  last < call->weight.rows ? last : call->weight.rows);
+}
+
+static Status *multiply(void *kernel, KernelContext *context) {
+    const Product *node = kernel;
+    const Api api = node->api;
+    ProductCall call = {.node = node, .weight = node->weight};
+    Int8Weight *w = &call.weight;
+    int64_t rows = 0;
+    CHECK(input_data(api, context, 0, &call.x));
+    CHECK(input_data(api, context, 2, &w->scales));
+    CHECK(input_data(api, context, 3, &w->bias));
+    CHECK(open_product(api, context, w->columns, w->rows, &rows, &call.y));
+    if (rows == 0) return NULL;
+    call.rounded.rows = rows, call.rounded.stride = up_to(w->columns, 64);
+    const size_t codes = rows * call.rounded.stride;
+    char *room = aligned_alloc(64, codes + up_to(rows * sizeof(float), 64));
+    if (room == NULL) return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: no memory for the rounded rows");
+    call.rounded.codes = (uint8_t *)room, call.rounded.scales = (float *)(room + codes);
+    Status *status = parallel(api, context, round_task, up_to(rows, ROWS_AT_A_TIME) / ROWS_AT_A_TIME, &call);
+    if (status == NULL) status = parallel(api, context, multiply_task, up_to(w->rows, TASK_OUTPUTS) / TASK_OUTPUTS, &call);
+    free(room);
+    return status;
+}
+
+/* The weight laid out anew, which the kernels read in one stream; the graph's own is not touched again. */
+static Status *pack(Api api, const KernelInfo *info, Int8Weight *w) {
+    const Value *value = NULL;
+    int constant = 0;
+    void *from = NULL;
+    CHECK(KernelInfoGetConstantInput_tensor(api)(info, 1, &constant, &value));
+    if (!constant) return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulInt8: B is not a constant");
+    CHECK(GetTensorMutableData(api)((Value *)value, &from));
+    int8_t *codes = aligned_alloc(64, padded_rows(w) * padded_columns(w));
+    int32_t *offsets = aligned_alloc(64, padded_rows(w) * sizeof(int32_t));
+    if (codes == NULL || offsets == NULL) {
+        free(codes);
+        free(offsets);
+        return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: no memory for the packed weight");
+    }
+    pack_int8(w, from, codes, offsets);
+    w->codes = codes, w->offsets = offsets;
+    return NULL;
+}
+
+static Status *create_product(const CustomOp *op, Api api, const KernelInfo *info, void **kernel) {
+    (void)op;
+    Product node = {.api = api, .kernels = usable_kernels()};
+    Int8Weight *w = &node.weight;
+    const char *const names[] = {"N", "K", "quick_gelu"};
+    int64_t *const to[] = {&w->rows, &w->columns, &node.quick_gelu};
+    CHECK(attributes(api, info, names, to, 3));
+    w->quick_gelu = node.quick_gelu != 0;
+    if (node.kernels == NULL)
+        return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: this processor has no instructions that it knows");
+    if (w->rows < 1 || w->columns < 1)
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulInt8: expected N and K of at least 1");
+    CHECK(pack(api, info, w));
+    return keep(api, &node, sizeof node, kernel);
+}
+
+static void destroy_product(void *kernel) {
+    const Product *node = kernel;
+    free((void *)node->weight.codes);
+    free((void *)node->weight.offsets);
+    free(kernel);
+}
+
+static const char *product_name(const CustomOp *op) { (void)op; return "MatMulInt8"; }
+static size_t product_inputs(const CustomOp *op) { (void)op; return 4; }
+static int product_type(const CustomOp *op, size_t i) { (void)op; return i == 1 ? ABI_INT8 : ABI_FLOAT; }
+static int product_kind(const CustomOp *op, size_t i) { (void)op; return i < 3 ? ABI_REQUIRED : ABI_OPTIONAL; }
+
+const CustomOp matmul_int8 = OPERATOR(product_name, product_inputs, product_type, product_kind, create_product, multiply,
+                                      destroy_product);
+
+/* -------------------------------------------------------------------------------------------------- FrameAttention
+ * qkv float [frames, patches, 3 × heads × dim], cos and sin float [frames, patches, dim / 2]; attribute num_heads.
+ * Rotates queries and keys in halves, scales by 1 / sqrt(dim).
+ */
+
+typedef struct {
+    Api api;
+    const VisionKernels *kernels;
+    int64_t heads;
+} Frames;
+
+typedef struct {
+    const Frames *node;
+    Attention attention;
+    int64_t blocks; /* of queries */
+} FramesCall;
+
+static void prepare_task(void *data, size_t i) {
+    const FramesCall *call = data;
+    call->node->kernels->prepare(&call->attention, (int64_t)i);
+}
+
+static void attend_task(void *data, size_t i) {
+    const FramesCall *call = data;
+    call->node->kernels->attend(&call->attention, (int64_t)i / call->blocks, (int64_t)i % call->blocks);
+}
+
+static Status *run_frames(const Frames *node, KernelContext *context, FramesCall *call) {
+    Attention *a = &call->attention;
+    const int64_t heads = a->frames * a->heads, room = key_blocks(a) * KEYS, padded = padded_dim(a);
+    const size_t keys = heads * room * padded, scales = heads * room * sizeof(float);
+    const size_t value_scales = up_to(heads * key_blocks(a) * padded * sizeof(float), 64);
+    char *memory = aligned_alloc(64, 2 * keys + scales + value_scales);
+    if (memory == NULL) return CreateStatus(node->api)(ABI_FAIL, "edgevl.FrameAttention: no memory for keys and values");
+    a->keys = (uint8_t *)memory, a->values = (int8_t *)(memory + keys);
+    a->key_scales = (float *)(memory + 2 * keys), a->value_scales = (float *)(memory + 2 * keys + scales);
+    call->blocks = up_to(a->length, QUERIES) / QUERIES;
+    Status *status = parallel(node->api, context, prepare_task, heads, call);
+    if (status == NULL) status = parallel(node->api, context, attend_task, heads * call->blocks, call);
+    free(memory);
+    return status;
+}
+
+static Status *attend(void *kernel, KernelContext *context) {
+    const Frames *node = kernel;
+    const Api api = node->api;
+    FramesCall call = {.node = node};
+    Attention *a = &call.attention;
+    int64_t dims[MOST_DIMENSIONS], rotary[MOST_DIMENSIONS];
+    size_t count = 0, rotary_count = 0;
+    CHECK(input_data(api, context, 0, &a->qkv));
+    CHECK(input_data(api, context, 1, &a->cosine));
+    CHECK(input_data(api, context, 2, &a->sine));
+    CHECK(input_shape(api, context, 0, dims, &count));
+    CHECK(input_shape(api, context, 1, rotary, &rotary_count));
+    a->heads = node->heads;
+    a->dim = count == 3 ? dims[2] / 3 / a->heads : 0;
+    if (count != 3 || a->dim * 3 * a->heads != dims[2] || a->dim % 2 != 0 || a->dim < 2 || a->dim > 128)
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected qkv [frames, patches, 3 × heads × "
+                                                       "dim] with an even dim of at most 128");
+    if (rotary_count != 3 || rotary[0] != dims[0] || rotary[1] != dims[1] || rotary[2] * 2 != a->dim)
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected cos [frames, patches, dim / 2]");
+    a->frames = dims[0], a->length = dims[1];
+    a->scale = 1 / sqrtf((float)a->dim);
+    dims[2] = a->heads * a->dim;
+    CHECK(output_data(api, context, dims, 3, &a->out));
+    return a->frames == 0 || a->length == 0 ? NULL : run_frames(node, context, &call);
+}
+
+static Status *create_frames(const CustomOp *op, Api api, const KernelInfo *info, void **kernel) {
+    (void)op;
+    Frames node = {.api = api, .kernels = usable_kernels()};
+    const char *const names[] = {"num_heads"};
+    int64_t *const to[] = {&node.heads};
+    CHECK(attributes(api, info, names, to, 1));
+    if (node.kernels == NULL)
+        return CreateStatus(api)(ABI_FAIL, "edgevl.FrameAttention: this processor has no instructions that it knows");
+    if (node.heads < 1) return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected num_heads of at least 1");
+    return keep(api, &node, sizeof node, kernel);
+}
+
+static const char *frames_name(const CustomOp *op) { (void)op; return "FrameAttention"; }
+static size_t frames_inputs(const CustomOp *op) { (void)op; return 3; }
+static int frames_type(const CustomOp *op, size_t i) { (void)op; (void)i; return ABI_FLOAT; }
+static int frames_kind(const CustomOp *op, size_t i) { (void)op; (void)i; return ABI_REQUIRED; }
+
+const CustomOp frame_attention = OPERATOR(frames_name, frames_inputs, frames_type, frames_kind, create_frames, attend, free);
