@@ -1,7 +1,7 @@
-"""The native dialects: ONNX Runtime's graphs with edgevl's own operators (runtime/native) in them.
+"""The native dialect: ONNX Runtime's graphs with edgevl's own operators (runtime/native) in them.
 
-A decoder has our products in place of MatMulNBits. A vision encoder of W8A8 has products that round their inputs
-themselves, QuickGelu behind them, and attention in int8 that rotates queries and keys itself. The bytes of the weights
+Products with weights in blocks are ours in place of MatMulNBits; those of W8A8 round their inputs themselves and have
+QuickGelu behind them; attention of a vision encoder is in int8 and rotates queries and keys itself. The weights' bytes
 are the same, so each is a second small file beside the graph that stays for devices without the kernels: they are built
 where a C compiler is found.
 """
@@ -17,7 +17,7 @@ from edgevl.export.graph import EDGEVL
 from edgevl.export.precision import Precision
 from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint
 
-__all__ = ["NativeDialect", "NativeVisionDialect", "has_native_decoder", "has_native_vision"]
+__all__ = ["NativeDialect", "has_native_decoder", "has_native_vision"]
 
 _LEAST_BLOCK = 32
 _MOST_HEAD_DIM = 128
@@ -39,19 +39,21 @@ def has_native_vision(precision: Precision, checkpoint: Checkpoint) -> bool:
 
 
 class NativeDialect(OrtDialect):
-    """Implements edgevl.export.dialect.Dialect for a decoder."""
+    """Implements edgevl.export.dialect.Dialect for one graph."""
 
     nbits_domain = EDGEVL
 
-
-class NativeVisionDialect(OrtDialect):
-    """Implements edgevl.export.dialect.Dialect for a vision encoder."""
-
     def _w8a8_product(self, x: ir.Value, names: Sequence[str], bias: ir.Value | None) -> ir.Value:
+        return self._int8_product(x, names, bias, affine=0)
+
+    def _affine_product(self, x: ir.Value, name: str, like: ir.Value) -> ir.Value:
+        return self._int8_product(x, [name], None, affine=1)
+
+    def _int8_product(self, x: ir.Value, names: Sequence[str], bias: ir.Value | None, affine: int) -> ir.Value:
         codes, scales = self._weights.channels(names)
-        size = {"K": self._weights.columns_of(names[0]), "N": self._weights.rows_of(names), "quick_gelu": 0}
+        size = {"K": self._weights.columns_of(names[0]), "N": self._weights.rows_of(names)}
         inputs = [x, codes, scales] if bias is None else [x, codes, scales, bias]
-        return self.builder.op("MatMulInt8", inputs, size, domain=EDGEVL)
+        return self.builder.op("MatMulInt8", inputs, {**size, "quick_gelu": 0, "affine": affine}, domain=EDGEVL)
 
     def quick_gelu(self, x: ir.Value) -> ir.Value:
         product = x.producer()

@@ -23,8 +23,6 @@ from edgevl.export.targets import TARGETS, Target, find_target
 from edgevl.export.vision_encoder import write_vision_encoder
 from edgevl.runtime.bundle import (
     MANIFEST,
-    NATIVE_DECODER,
-    NATIVE_VISION,
     OPENVINO_PREFILL,
     Bundle,
     FileEntry,
@@ -272,7 +270,7 @@ def _write(
             dialect.builder.save(folder / f"{role}.onnx")
             graphs[role] = GraphEntry(f"{role}.onnx", precision.name, spec)
         if plan.target.name == "cpu":
-            graphs |= write_further_decoders(sources, plan.decoder, graphs["decoder"].spec, data)
+            graphs |= write_further_decoders(sources, plan.decoder, graphs, data)
         digest = data.sha256()
     files["decoder.onnx.data"] = FileEntry((folder / "decoder.onnx.data").stat().st_size, digest)
     for path in sorted(folder.iterdir()):
@@ -396,8 +394,8 @@ def _part_reports(folder: Path, bundle: Bundle) -> Iterator[PartReport]:
     sizes: dict[str, int] = {}
     for name, entry in bundle.files.items():
         part = "golden" if name.startswith("golden/") else name.split(".")[0]
-        decoders = dict.fromkeys(("prefill", OPENVINO_PREFILL, NATIVE_DECODER), "decoder")
-        part = {**decoders, NATIVE_VISION: "vision", "chat_template": "tokenizer"}.get(part, part)
+        part = part.removesuffix("_native")
+        part = {"prefill": "decoder", OPENVINO_PREFILL: "decoder", "chat_template": "tokenizer"}.get(part, part)
         sizes[part] = sizes.get(part, 0) + entry.size
     for part, precision in (("vision", bundle.graphs["vision"].precision), ("decoder", decoder)):
         yield PartReport(part, precision, sizes.pop(part))

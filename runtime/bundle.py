@@ -22,7 +22,7 @@ from edgevl.runtime.mrope import MROPE_RULES
 __all__ = [
     "MANIFEST",
     "NATIVE_DECODER",
-    "NATIVE_VISION",
+    "NATIVE_ROLES",
     "OPENVINO_PREFILL",
     "SCHEMA_VERSION",
     "Bundle",
@@ -34,8 +34,10 @@ __all__ = [
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 OPENVINO_PREFILL = "prefill_openvino"
-NATIVE_DECODER, NATIVE_VISION = "decoder_native", "vision_native"
-GRAPH_ROLES = ("vision", "decoder", "prefill", OPENVINO_PREFILL, NATIVE_DECODER, NATIVE_VISION)
+NATIVE_DECODER = "decoder_native"
+# By the role that they take the place of where the machine has our kernels.
+NATIVE_ROLES = {"vision": "vision_native", "prefill": "prefill_native", "decoder": NATIVE_DECODER}
+GRAPH_ROLES = ("vision", "decoder", "prefill", OPENVINO_PREFILL, *NATIVE_ROLES.values())
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,7 @@ class GraphEntry:
 @dataclass(frozen=True)
 class Bundle:
     """An opened manifest. `graphs` has `vision` and `decoder`, `prefill` where prefill has a graph of its own,
-    `prefill_openvino` where the engine `openvino` has one, and `decoder_native` and `vision_native`, the
-    same with our own kernels."""
+    `prefill_openvino` where the engine `openvino` has one, and NATIVE_ROLES, the same with our own kernels."""
 
     folder: Path
     model: ModelConfig

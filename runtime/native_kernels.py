@@ -1,9 +1,8 @@
 """Our own operators for ONNX Runtime on the CPU: whether this machine has them.
 
 `runtime/native` is C, built as edgevl is installed where a C compiler is found; everything works without it, more
-slowly. The library registers its operators with a session: `edgevl.MatMulNBits` for decoders, products with weights of 4
-and 8 bits read where they lie in the bundle's mapped file; `edgevl.MatMulInt8` and `edgevl.FrameAttention` for vision
-encoders of W8A8.
+slowly. The library registers its operators with a session: `edgevl.MatMulNBits`, products with weights of 4 and 8 bits
+read where they lie in the bundle's mapped file, and `edgevl.MatMulInt8` and `edgevl.FrameAttention` for W8A8.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from edgevl.runtime.errors import EngineError, InputError
 
-__all__ = ["SWITCH", "has_vision_kernels", "kernel_instructions", "native_library"]
+__all__ = ["SWITCH", "has_int8_kernels", "kernel_instructions", "native_library"]
 
 SWITCH = "EDGEVL_KERNELS"  # environment: "off" leaves the kernels out
 _NAME = "_kernels*.so"
@@ -39,9 +38,9 @@ def kernel_instructions() -> str:
     return _instructions(native_library())
 
 
-def has_vision_kernels() -> bool:
+def has_int8_kernels() -> bool:
     """Whether the library has the vision encoder's operators for this processor, too. Raises as `native_library`."""
-    return bool(_instructions(native_library(), "edgevl_vision_instructions"))
+    return bool(_instructions(native_library(), "edgevl_int8_instructions"))
 
 
 @cache

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from edgevl.runtime.bundle import NATIVE_DECODER, NATIVE_VISION, OPENVINO_PREFILL, Bundle
+from edgevl.runtime.bundle import NATIVE_DECODER, NATIVE_ROLES, Bundle
 from edgevl.runtime.engine import EngineLimits, GraphRunner, usable_cores
 from edgevl.runtime.errors import EngineError, InputError
 from edgevl.runtime.graph_spec import APPENDED, GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
-from edgevl.runtime.native_kernels import has_vision_kernels, native_library
+from edgevl.runtime.native_kernels import has_int8_kernels, native_library
 from edgevl.runtime.trt_feeds import is_tensorrt_spec, store_appended, tensorrt_feeds
 
 __all__ = ["OrtEngine", "OrtGraph", "check_signature", "check_version"]
@@ -155,7 +155,7 @@ class OrtEngine:
         self.limits = EngineLimits()
 
     def _roles(self, bundle: Bundle) -> list[str]:
-        return [role for role in bundle.graphs if role not in (OPENVINO_PREFILL, NATIVE_DECODER, NATIVE_VISION)]
+        return [role for role in bundle.graphs if role in NATIVE_ROLES]
 
     def _open(self, bundle: Bundle, role: str) -> GraphRunner:
         native = native_role(bundle, role)
@@ -192,11 +192,13 @@ class OrtEngine:
 def native_role(bundle: Bundle, role: str) -> str | None:
     """The graph with our own operators that is used in place of `role`: the bundle has one, and this machine the
     kernels."""
-    native = {"decoder": NATIVE_DECODER, "vision": NATIVE_VISION}.get(role)
+    native = NATIVE_ROLES.get(role)
     if native not in bundle.graphs:
         return None
     try:
-        usable = has_vision_kernels() if native == NATIVE_VISION else bool(native_library())
+        # Decoders of W8A8 layers have products of int8 by int8 too.
+        in_blocks = native == NATIVE_DECODER and bundle.graphs[role].precision != "int8"
+        usable = bool(native_library()) if in_blocks else has_int8_kernels()
     except EngineError:
         return None
     return native if usable else None

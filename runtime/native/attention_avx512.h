@@ -1,5 +1,6 @@
-/* Attention of frames in int8: scores as SageAttention has them (Zhang et al. 2024, arXiv:2410.02367): keys less their
- * mean, which no softmax notices, one scale per query and per key. Weights are rounded to 8 bits below the largest of
+/* Attention of frames in int8: scores as SageAttention2 has them (Zhang et al. 2024, arXiv:2411.10958): keys less their
+ * mean, which no softmax notices, queries less theirs, whose scores are added in float, one scale per query and per key.
+ * Weights are rounded to 8 bits below the largest of
  * each block of keys, and values with a scale per block and channel. Sums over blocks are FlashAttention's (Dao 2022).
  */
 #pragma once
@@ -7,9 +8,11 @@
 #include <math.h>
 
 #include "avx512.h"
-#include "vision.h"
+#include "int8.h"
 
 enum { ROWS = 4, MOST_DIM = 128, MOST_REGISTERS = MOST_DIM / 16 };
+#define LOG2_E 1.44269504f
+#define UNSEEN (-1e30f) /* the score of what is behind the last key; finite, so that differences of it are numbers */
 
 /* One head's row of q or k, rotated: [x1 cos - x2 sin, x2 cos + x1 sin], its largest magnitude returned. */
 static void rotate_row(const Attention *a, const float *x, int64_t position, float factor, float *out) {
@@ -38,24 +41,37 @@ static const float *head_row(const Attention *a, int64_t head, int64_t row, int 
     return a->qkv + ((frame * a->length + row) * 3 + part) * width + head % a->heads * a->dim;
 }
 
-static void prepare_head_keys(const Attention *a, int64_t head, uint8_t *keys, float *scales) {
-    const int64_t padded = padded_dim(a), frame = head / a->heads, blocks = key_blocks(a);
-    float *rotated = aligned_alloc(64, a->length * padded * sizeof(float));
-    const float share = 1 / (float)a->length;
-    float mean[MOST_DIM] = {0}, row[MOST_DIM];
-    int8_t codes[MOST_DIM];
+/* All of a head's queries (part 0) or keys (1), rotated, and their mean. rotated: [length, padded dim]. */
+static void rotate_all(const Attention *a, int64_t head, int part, float *rotated, float *mean) {
+    const int64_t padded = padded_dim(a), first = head / a->heads * a->length;
+    const float factor = part == 0 ? a->scale * LOG2_E : 1, share = 1 / (float)a->length;
     memset(rotated, 0, a->length * padded * sizeof(float));
+    memset(mean, 0, padded * sizeof(float));
     for (int64_t n = 0; n < a->length; n++) {
-        rotate_row(a, head_row(a, head, n, 1), frame * a->length + n, 1, rotated + n * padded);
+        rotate_row(a, head_row(a, head, n, part), first + n, factor, rotated + n * padded);
         for (int64_t i = 0; i < padded; i++) mean[i] += rotated[n * padded + i] * share;
     }
-    memset(keys, 128, blocks * KEYS * padded);
-    for (int64_t n = 0; n < blocks * KEYS; n++) {
-        if (n >= a->length) {
-            scales[n] = 0;
-            continue;
+}
+
+static void prepare_head_keys(const Attention *a, int64_t head) {
+    const int64_t padded = padded_dim(a), room = padded_length(a);
+    uint8_t *keys = a->keys + head * room * padded;
+    float *scales = a->key_scales + head * room, *biases = a->key_biases + head * room;
+    float *query = a->query_means + head * padded, mean[MOST_DIM], row[MOST_DIM];
+    float *rotated = aligned_alloc(64, a->length * padded * sizeof(float));
+    int8_t codes[MOST_DIM];
+    rotate_all(a, head, 0, rotated, query);
+    rotate_all(a, head, 1, rotated, mean);
+    memset(keys, 128, room * padded);
+    for (int64_t n = 0; n < room; n++) {
+        scales[n] = 0, biases[n] = UNSEEN;
+        if (n >= a->length) continue;
+        float bias = 0;
+        for (int64_t i = 0; i < padded; i++) {
+            row[i] = rotated[n * padded + i] - mean[i];
+            bias += row[i] * query[i];
         }
-        for (int64_t i = 0; i < padded; i++) row[i] = rotated[n * padded + i] - mean[i];
+        biases[n] = bias;
         scales[n] = round_to_int8(row, padded, codes);
         uint8_t *to = keys + n / KEYS * KEYS * padded + n % KEYS * 4;
         for (int64_t i = 0; i < padded; i++) to[i / 4 * KEYS * 4 + i % 4] = (uint8_t)(codes[i] + 128);
@@ -63,8 +79,10 @@ static void prepare_head_keys(const Attention *a, int64_t head, uint8_t *keys, f
     free(rotated);
 }
 
-static void prepare_head_values(const Attention *a, int64_t head, int8_t *values, float *scales) {
+static void prepare_head_values(const Attention *a, int64_t head) {
     const int64_t padded = padded_dim(a), blocks = key_blocks(a);
+    int8_t *values = a->values + head * blocks * KEYS * padded;
+    float *scales = a->value_scales + head * blocks * padded;
     memset(values, 0, blocks * KEYS * padded);
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t count = a->length - b * KEYS < KEYS ? a->length - b * KEYS : KEYS;
@@ -84,9 +102,8 @@ static void prepare_head_values(const Attention *a, int64_t head, int8_t *values
 }
 
 static void prepare_keys(const Attention *a, int64_t head) {
-    const int64_t room = key_blocks(a) * KEYS, padded = padded_dim(a);
-    prepare_head_keys(a, head, a->keys + head * room * padded, a->key_scales + head * room);
-    prepare_head_values(a, head, a->values + head * room * padded, a->value_scales + head * key_blocks(a) * padded);
+    prepare_head_keys(a, head);
+    prepare_head_values(a, head);
 }
 
 /* A block of queries, and what has been seen of their keys so far. */
@@ -102,37 +119,40 @@ static void open_queries(const Attention *a, int64_t head, int64_t first, int64_
     const int64_t padded = padded_dim(a), frame = head / a->heads;
     for (int64_t m = 0; m < QUERIES; m++) {
         float row[MOST_DIM] = {0};
-        if (m < count)
-            rotate_row(a, head_row(a, head, first + m, 0), frame * a->length + first + m, a->scale * 1.44269504f, row);
+        if (m < count) {
+            rotate_row(a, head_row(a, head, first + m, 0), frame * a->length + first + m, a->scale * LOG2_E, row);
+            for (int64_t i = 0; i < padded; i++) row[i] -= a->query_means[head * padded + i];
+        }
         q->scales[m] = round_to_int8(row, padded, q->codes[m]);
         q->offsets[m] = 0;
         for (int64_t i = 0; i < padded; i++) q->offsets[m] -= 128 * q->codes[m][i];
-        q->largest[m] = -1e30f, q->totals[m] = 0;
+        q->largest[m] = UNSEEN, q->totals[m] = 0;
         memset(q->sums[m], 0, padded * sizeof(float));
     }
 }
 
 /* Scores of ROWS queries and KEYS keys, to base 2. */
-INLINE void score(const Queries *q, int64_t m, const uint8_t *keys, const float *scales, int64_t left, int steps,
+INLINE void score(const Queries *q, int64_t m, const uint8_t *keys, const float *scales, const float *biases, int steps,
                   float scores[ROWS][KEYS]) {
-    const __m512 unseen = _mm512_set1_ps(-1e30f); /* finite, so that differences of it are numbers */
     for (int part = 0; part < KEYS; part += 64) {
         __m512i d[ROWS][4];
-        UNROLL for (int r = 0; r < ROWS; r++)
-            UNROLL for (int v = 0; v < 4; v++) d[r][v] = _mm512_set1_epi32(q->offsets[m + r]);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            UNROLL for (int v = 0; v < 4; v++)
+                d[r][v] = _mm512_set1_epi32(q->offsets[m + r]);
+        }
         for (int j = 0; j < steps; j++) {
             const uint8_t *at = keys + (j * KEYS + part) * 4;
             UNROLL for (int r = 0; r < ROWS; r++) {
                 const __m512i a = broadcast_4(q->codes[m + r] + 4 * j);
-                UNROLL for (int v = 0; v < 4; v++) d[r][v] = _mm512_dpbusd_epi32(d[r][v], _mm512_load_si512(at + v * 64), a);
+                UNROLL for (int v = 0; v < 4; v++)
+                    d[r][v] = _mm512_dpbusd_epi32(d[r][v], _mm512_load_si512(at + v * 64), a);
             }
         }
         UNROLL for (int v = 0; v < 4; v++) {
-            const __m512 scale = _mm512_load_ps(scales + part + v * 16);
-            const __mmask16 seen = first_of_16(left - part - v * 16);
+            const __m512 scale = _mm512_load_ps(scales + part + v * 16), bias = _mm512_load_ps(biases + part + v * 16);
             UNROLL for (int r = 0; r < ROWS; r++) {
-                const __m512 s = _mm512_mul_ps(_mm512_cvtepi32_ps(d[r][v]), _mm512_mul_ps(scale, _mm512_set1_ps(q->scales[m + r])));
-                _mm512_store_ps(scores[r] + part + v * 16, _mm512_mask_mov_ps(unseen, seen, s));
+                const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(q->scales[m + r]));
+                _mm512_store_ps(scores[r] + part + v * 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(d[r][v]), factor, bias));
             }
         }
     }
@@ -187,14 +207,15 @@ INLINE void add_values(Queries *q, int64_t m, const uint8_t codes[ROWS][KEYS], c
 }
 
 /* One block of keys against all queries. */
-INLINE void add_block(Queries *q, int64_t count, const uint8_t *keys, const float *key_scales, const int8_t *values,
-                      const float *value_scales, int64_t left, int registers) {
+INLINE void add_block(const Attention *a, int64_t head, int64_t block, Queries *q, int64_t count, int registers) {
+    const int64_t padded = registers * 16, place = head * padded_length(a) + block * KEYS;
+    const float *value_scales = a->value_scales + (head * key_blocks(a) + block) * padded;
     float scores[ROWS][KEYS] __attribute__((aligned(64)));
     uint8_t codes[ROWS][KEYS] __attribute__((aligned(64)));
     for (int64_t m = 0; m < count; m += ROWS) {
         float powers[16] = {0};
         int32_t totals[ROWS];
-        score(q, m, keys, key_scales, left, registers * 4, scores);
+        score(q, m, a->keys + place * padded, a->key_scales + place, a->key_biases + place, registers * 4, scores);
         for (int r = 0; r < ROWS; r++) {
             float largest;
             totals[r] = weigh(scores[r], &largest, codes[r]);
@@ -205,19 +226,16 @@ INLINE void add_block(Queries *q, int64_t count, const uint8_t *keys, const floa
         _mm512_storeu_ps(powers, exp2_ps(_mm512_loadu_ps(powers)));
         for (int r = 0; r < ROWS; r++)
             q->totals[m + r] = q->totals[m + r] * powers[r] + powers[ROWS + r] * (float)totals[r];
-        add_values(q, m, codes, values, value_scales, powers, powers + ROWS, registers);
+        add_values(q, m, codes, a->values + place * padded, value_scales, powers, powers + ROWS, registers);
     }
 }
 
 INLINE void attend_in(const Attention *a, int64_t head, int64_t block, int registers) {
-    const int64_t padded = registers * 16, blocks = key_blocks(a), first = block * QUERIES, room = blocks * KEYS;
+    const int64_t first = block * QUERIES, blocks = key_blocks(a);
     const int64_t count = a->length - first < QUERIES ? a->length - first : QUERIES;
     Queries *q = aligned_alloc(64, (sizeof(Queries) + 63) / 64 * 64);
     open_queries(a, head, first, count, q);
-    for (int64_t b = 0; b < blocks; b++)
-        add_block(q, count, a->keys + (head * room + b * KEYS) * padded, a->key_scales + head * room + b * KEYS,
-                  a->values + (head * room + b * KEYS) * padded, a->value_scales + (head * blocks + b) * padded,
-                  a->length - b * KEYS, registers);
+    for (int64_t b = 0; b < blocks; b++) add_block(a, head, b, q, count, registers);
     for (int64_t m = 0; m < count; m++) {
         float *out = a->out + (head / a->heads * a->length + first + m) * a->heads * a->dim + head % a->heads * a->dim;
         for (int64_t i = 0; i < a->dim; i++) out[i] = q->sums[m][i] / q->totals[m];

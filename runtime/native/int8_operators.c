@@ -1,7 +1,7 @@
-/* The operators MatMulInt8 and FrameAttention of domain "edgevl": what the vision encoder is made of. */
+/* The operators MatMulInt8 and FrameAttention of domain "edgevl". */
 #include "nbits.h"
 #include "operator.h"
-#include "vision.h"
+#include "int8.h"
 
 #include <math.h>
 
@@ -10,28 +10,28 @@ enum {
     ROWS_AT_A_TIME = 16, /* to round */
 };
 
-static const VisionKernels *usable_kernels(void) {
+static const Int8Kernels *usable_kernels(void) {
 #ifdef NBITS_X86
-    if (vision_avx512.supported()) return &vision_avx512;
+    if (int8_avx512.supported()) return &int8_avx512;
 #endif
     return NULL;
 }
 
 /* As edgevl_instructions, of these operators. */
-EXPORT const char *edgevl_vision_instructions(void) {
-    const VisionKernels *kernels = usable_kernels();
+EXPORT const char *edgevl_int8_instructions(void) {
+    const Int8Kernels *kernels = usable_kernels();
     return kernels == NULL ? NULL : kernels->name;
 }
 
 /* ------------------------------------------------------------------------------------------------------ MatMulInt8
- * A float [..., K], B int8 [K, N], scales float [N], bias float [N] or none; attributes K, N and quick_gelu (0 or 1).
+ * A float [..., K], B int8 [K, N], scales float [N], bias float [N] or none; attributes K, N, quick_gelu and affine (0 or 1).
  */
 
 typedef struct {
     Api api;
-    const VisionKernels *kernels;
-    Int8Weight weight; /* its codes and offsets are ours, scales and bias the graph's, set for every call */
-    int64_t quick_gelu;
+    const Int8Kernels *kernels;
+    Int8Weight weight; /* its codes and sums are ours, scales and bias the graph's, set for every call */
+    int64_t quick_gelu, affine;
 } Product;
 
 typedef struct {
@@ -68,10 +68,11 @@ static Status *multiply(void *kernel, KernelContext *context) {
     CHECK(open_product(api, context, w->columns, w->rows, &rows, &call.y));
     if (rows == 0) return NULL;
     call.rounded.rows = rows, call.rounded.stride = up_to(w->columns, 64);
-    const size_t codes = rows * call.rounded.stride;
-    char *room = aligned_alloc(64, codes + up_to(rows * sizeof(float), 64));
+    const size_t codes = rows * call.rounded.stride, numbers = up_to(rows * sizeof(float), 64);
+    char *room = aligned_alloc(64, codes + 2 * numbers);
     if (room == NULL) return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: no memory for the rounded rows");
     call.rounded.codes = (uint8_t *)room, call.rounded.scales = (float *)(room + codes);
+    call.rounded.zeros = (int32_t *)(room + codes + numbers);
     Status *status = parallel(api, context, round_task, up_to(rows, ROWS_AT_A_TIME) / ROWS_AT_A_TIME, &call);
     if (status == NULL) status = parallel(api, context, multiply_task, up_to(w->rows, TASK_OUTPUTS) / TASK_OUTPUTS, &call);
     free(room);
@@ -87,14 +88,14 @@ static Status *pack(Api api, const KernelInfo *info, Int8Weight *w) {
     if (!constant) return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulInt8: B is not a constant");
     CHECK(GetTensorMutableData(api)((Value *)value, &from));
     int8_t *codes = aligned_alloc(64, padded_rows(w) * padded_columns(w));
-    int32_t *offsets = aligned_alloc(64, padded_rows(w) * sizeof(int32_t));
-    if (codes == NULL || offsets == NULL) {
+    int32_t *sums = aligned_alloc(64, padded_rows(w) * sizeof(int32_t));
+    if (codes == NULL || sums == NULL) {
         free(codes);
-        free(offsets);
+        free(sums);
         return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: no memory for the packed weight");
     }
-    pack_int8(w, from, codes, offsets);
-    w->codes = codes, w->offsets = offsets;
+    pack_int8(w, from, codes, sums);
+    w->codes = codes, w->sums = sums;
     return NULL;
 }
 
@@ -102,10 +103,10 @@ static Status *create_product(const CustomOp *op, Api api, const KernelInfo *inf
     (void)op;
     Product node = {.api = api, .kernels = usable_kernels()};
     Int8Weight *w = &node.weight;
-    const char *const names[] = {"N", "K", "quick_gelu"};
-    int64_t *const to[] = {&w->rows, &w->columns, &node.quick_gelu};
-    CHECK(attributes(api, info, names, to, 3));
-    w->quick_gelu = node.quick_gelu != 0;
+    const char *const names[] = {"N", "K", "quick_gelu", "affine"};
+    int64_t *const to[] = {&w->rows, &w->columns, &node.quick_gelu, &node.affine};
+    CHECK(attributes(api, info, names, to, 4));
+    w->quick_gelu = node.quick_gelu != 0, w->affine = node.affine != 0;
     if (node.kernels == NULL)
         return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: this processor has no instructions that it knows");
     if (w->rows < 1 || w->columns < 1)
@@ -117,7 +118,7 @@ static Status *create_product(const CustomOp *op, Api api, const KernelInfo *inf
 static void destroy_product(void *kernel) {
     const Product *node = kernel;
     free((void *)node->weight.codes);
-    free((void *)node->weight.offsets);
+    free((void *)node->weight.sums);
     free(kernel);
 }
 
@@ -136,7 +137,7 @@ const CustomOp matmul_int8 = OPERATOR(product_name, product_inputs, product_type
 
 typedef struct {
     Api api;
-    const VisionKernels *kernels;
+    const Int8Kernels *kernels;
     int64_t heads;
 } Frames;
 
@@ -158,13 +159,15 @@ static void attend_task(void *data, size_t i) {
 
 static Status *run_frames(const Frames *node, KernelContext *context, FramesCall *call) {
     Attention *a = &call->attention;
-    const int64_t heads = a->frames * a->heads, room = key_blocks(a) * KEYS, padded = padded_dim(a);
-    const size_t keys = heads * room * padded, scales = heads * room * sizeof(float);
-    const size_t value_scales = up_to(heads * key_blocks(a) * padded * sizeof(float), 64);
-    char *memory = aligned_alloc(64, 2 * keys + scales + value_scales);
+    const int64_t heads = a->frames * a->heads, length = padded_length(a), padded = padded_dim(a);
+    const size_t codes = heads * length * padded, of_keys = heads * length * sizeof(float);
+    const size_t of_values = heads * key_blocks(a) * padded * sizeof(float), of_queries = heads * padded * sizeof(float);
+    char *memory = aligned_alloc(64, 2 * (codes + of_keys) + of_values + of_queries);
     if (memory == NULL) return CreateStatus(node->api)(ABI_FAIL, "edgevl.FrameAttention: no memory for keys and values");
-    a->keys = (uint8_t *)memory, a->values = (int8_t *)(memory + keys);
-    a->key_scales = (float *)(memory + 2 * keys), a->value_scales = (float *)(memory + 2 * keys + scales);
+    a->keys = (uint8_t *)memory, a->values = (int8_t *)(memory + codes);
+    a->key_scales = (float *)(memory + 2 * codes), a->key_biases = (float *)(memory + 2 * codes + of_keys);
+    a->value_scales = (float *)(memory + 2 * (codes + of_keys));
+    a->query_means = (float *)(memory + 2 * (codes + of_keys) + of_values);
     call->blocks = up_to(a->length, QUERIES) / QUERIES;
     Status *status = parallel(node->api, context, prepare_task, heads, call);
     if (status == NULL) status = parallel(node->api, context, attend_task, heads * call->blocks, call);

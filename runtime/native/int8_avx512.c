@@ -3,28 +3,42 @@
 #ifdef NBITS_X86
 #include "attention_avx512.h"
 #include "avx512.h"
-#include "vision.h"
+#include "int8.h"
+
+#include <math.h>
 
 enum {
+    AHEAD = 8192,     /* bytes: the hardware's prefetcher alone leaves half of the bandwidth unused */
     TILE_ROWS = 12,   /* rows of x whose sums fit into the registers beside them */
     DEPTH = 512,      /* columns of a tile that stay in the first-level cache */
     MOST_ROWS = 384,  /* rows of x that stay in the second-level cache */
 };
 
+/* The scale of a row and the code of 0: 127 scales are its largest magnitude, or 255 its range, 0 in it. */
+INLINE float row_scale(const float *row, int64_t columns, int affine, int32_t *zero) {
+    __m512 low = _mm512_setzero_ps(), high = low;
+    for (int64_t k = 0; k < columns; k += 16) {
+        const __m512 x = _mm512_maskz_loadu_ps(first_of_16(columns - k), row + k);
+        low = _mm512_min_ps(low, x);
+        high = _mm512_max_ps(high, x);
+    }
+    const float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
+    const float scale = affine ? (most - least) / 255 : (most > -least ? most : -least) / 127;
+    *zero = affine && scale > TINY ? (int32_t)lrintf(-least / scale) : 128;
+    return scale > TINY ? scale : TINY;
+}
+
 static void round_rows(const Int8Weight *w, const float *x, const Int8Rows *to, int64_t first, int64_t last) {
-    const __m512i middle = _mm512_set1_epi32(128);
     for (int64_t m = first; m < last; m++) {
         const float *row = x + m * w->columns;
-        __m512 largest = _mm512_set1_ps(1e-30f);
-        for (int64_t k = 0; k < w->columns; k += 16)
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_of_16(w->columns - k), row + k)));
-        const float scale = _mm512_reduce_max_ps(largest) / 127;
-        const __m512 inverse = _mm512_set1_ps(1 / scale);
-        to->scales[m] = scale;
+        to->scales[m] = row_scale(row, w->columns, w->affine, to->zeros + m);
+        const __m512 inverse = _mm512_set1_ps(1 / to->scales[m]);
+        const __m512i zero = _mm512_set1_epi32(to->zeros[m]), none = _mm512_setzero_si512();
         for (int64_t k = 0; k < to->stride; k += 16) {
             const __mmask16 mask = first_of_16(w->columns - k);
-            const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, mask ? row + k : row), inverse));
-            _mm_storeu_si128((__m128i *)(to->codes + m * to->stride + k), _mm512_cvtusepi32_epi8(_mm512_add_epi32(code, middle)));
+            const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, mask ? row + k : row), inverse);
+            const __m512i code = _mm512_max_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(scaled), zero), none);
+            _mm_storeu_si128((__m128i *)(to->codes + m * to->stride + k), _mm512_cvtusepi32_epi8(code));
         }
     }
 }
@@ -36,6 +50,8 @@ INLINE void multiply_tile(const int8_t *tile, const uint8_t *x, int64_t stride, 
     UNROLL for (int i = 0; i < count; i++)
         for (int half = 0; half < 2; half++) d[i][half] = _mm512_load_si512(sums + i * OUTPUTS + half * 16);
     for (int64_t j = 0; j < steps; j++) {
+        if (count <= 4) _mm_prefetch((const char *)tile + j * 128 + AHEAD, _MM_HINT_T1);
+        if (count <= 4) _mm_prefetch((const char *)tile + j * 128 + 64 + AHEAD, _MM_HINT_T1);
         const __m512i v0 = _mm512_load_si512(tile + j * 128), v1 = _mm512_load_si512(tile + j * 128 + 64);
         UNROLL for (int i = 0; i < count; i++) {
             const __m512i a = broadcast_4(x + i * stride + 4 * j);
@@ -59,9 +75,10 @@ static void store_rows(const Int8Weight *w, const Int8Rows *x, float *y, int64_t
         const int64_t at = mask ? n + half * 16 : 0;
         const __m512 scales = _mm512_maskz_loadu_ps(mask, w->scales + at);
         const __m512 bias = w->bias ? _mm512_maskz_loadu_ps(mask, w->bias + at) : _mm512_setzero_ps();
-        const __m512i offsets = _mm512_load_si512(w->offsets + n + half * 16);
+        const __m512i added = _mm512_load_si512(w->sums + n + half * 16);
         for (int64_t m = start; m < stop; m++) {
-            const __m512i d = _mm512_sub_epi32(_mm512_load_si512(sums + (m - start) * OUTPUTS + half * 16), offsets);
+            const __m512i offset = _mm512_mullo_epi32(added, _mm512_set1_epi32(x->zeros[m]));
+            const __m512i d = _mm512_sub_epi32(_mm512_load_si512(sums + (m - start) * OUTPUTS + half * 16), offset);
             __m512 out = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_mul_ps(scales, _mm512_set1_ps(x->scales[m])), bias);
             if (w->quick_gelu) out = quick_gelu(out);
             _mm512_mask_storeu_ps(y + m * w->rows + at, mask, out);
@@ -93,7 +110,7 @@ static void multiply(const Int8Weight *w, const Int8Rows *x, float *y, int64_t f
     free(sums);
 }
 
-const VisionKernels vision_avx512 = {"avx512-vnni", has_avx512_vnni, round_rows, multiply, prepare_keys, attend};
+const Int8Kernels int8_avx512 = {"avx512-vnni", has_avx512_vnni, round_rows, multiply, prepare_keys, attend};
 
 #if defined(__clang__)
 #pragma clang attribute pop

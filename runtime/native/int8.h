@@ -1,23 +1,25 @@
-/* What the vision encoder is made of: products of int8 by int8 and attention of frames. */
+/* Products of int8 by int8, and attention of frames in int8: what a vision encoder of W8A8 is made of. */
 #pragma once
 
 #include <stdint.h>
 
 enum { OUTPUTS = 32 }; /* of one tile of a packed weight */
 
-/* y = activation(x Wᵀ + bias), x rounded to int8 with one scale per row. */
+/* y = activation(x Wᵀ + bias), x rounded to 8 bits with one scale per row. */
 typedef struct {
     const int8_t *codes;  /* [padded rows / OUTPUTS, padded columns / 4, OUTPUTS, 4], see `pack` */
-    const int32_t *offsets; /* [padded rows]: 128 × the sums of a row's codes, which the 128 in every code of x adds */
+    const int32_t *sums;  /* [padded rows], of a row's codes: what a step of the zero point adds */
     const float *scales;  /* [rows] */
     const float *bias;    /* [rows], or NULL */
     int64_t rows, columns;
     int quick_gelu;       /* y × sigmoid(1.702 y), else y itself */
+    int affine;           /* codes of x between its extremes, else with 0 in their middle */
 } Int8Weight;
 
 typedef struct {
-    uint8_t *codes;  /* [rows, stride]: int8 + 128, which is 128 behind the last column */
+    uint8_t *codes;  /* [rows, stride] */
     float *scales;   /* [rows] */
+    int32_t *zeros;  /* [rows]: the code of 0, 128 where it is the middle */
     int64_t rows, stride;
 } Int8Rows;
 
@@ -32,13 +34,15 @@ typedef struct {
     uint8_t *keys;            /* blocks of KEYS, [dim / 4, KEYS, 4]: int8 + 128 */
     int8_t *values;           /* blocks of KEYS, [KEYS / 4, padded dim, 4] */
     float *key_scales;        /* [padded length] */
+    float *key_biases;        /* [padded length]: scores of the mean query, to base 2 */
+    float *query_means;       /* [padded dim] */
     float *value_scales;      /* blocks of KEYS, [padded dim] */
 } Attention;
 
 enum { KEYS = 128, QUERIES = 64 };
 
-/* From ONNX's order [columns, rows] into room for w's codes and offsets. */
-void pack_int8(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t *offsets);
+/* From ONNX's order [columns, rows] into room for w's codes and sums. */
+void pack_int8(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t *sums);
 
 typedef struct {
     const char *name;
@@ -48,11 +52,12 @@ typedef struct {
     /* head: frame × heads + head; block: of QUERIES rows. */
     void (*prepare)(const Attention *a, int64_t head);
     void (*attend)(const Attention *a, int64_t head, int64_t block);
-} VisionKernels;
+} Int8Kernels;
 
-extern const VisionKernels vision_avx512;
+extern const Int8Kernels int8_avx512;
 
 static inline int64_t padded_rows(const Int8Weight *w) { return (w->rows + OUTPUTS - 1) / OUTPUTS * OUTPUTS; }
 static inline int64_t padded_columns(const Int8Weight *w) { return (w->columns + 3) / 4 * 4; }
 static inline int64_t key_blocks(const Attention *a) { return (a->length + KEYS - 1) / KEYS; }
+static inline int64_t padded_length(const Attention *a) { return key_blocks(a) * KEYS; }
 static inline int64_t padded_dim(const Attention *a) { return (a->dim + 15) / 16 * 16; }
