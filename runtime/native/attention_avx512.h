@@ -1,6 +1,5 @@
-/* Attention of frames in int8: scores as SageAttention2 has them (Zhang et al. 2024, arXiv:2411.10958): keys less their
- * mean, which no softmax notices, queries less theirs, whose scores are added in float, one scale per query and per key.
- * Weights are rounded to 8 bits below the largest of
+/* Attention of frames in int8: scores as SageAttention has them (Zhang et al. 2024, arXiv:2410.02367): keys less their
+ * mean, which no softmax notices, one scale per query and per key. Weights are rounded to 8 bits below the largest of
  * each block of keys, and values with a scale per block and channel. Sums over blocks are FlashAttention's (Dao 2022).
  */
 #pragma once
@@ -10,14 +9,26 @@
 #include "avx512.h"
 #include "int8.h"
 
-enum { ROWS = 4, MOST_DIM = 128, MOST_REGISTERS = MOST_DIM / 16 };
+enum { ROWS = 4, ROWS_AHEAD = 8, MOST_DIM = 128, MOST_REGISTERS = MOST_DIM / 16 };
 #define LOG2_E 1.44269504f
 #define UNSEEN (-1e30f) /* the score of what is behind the last key; finite, so that differences of it are numbers */
 
+static const float *head_row(const Attention *a, int64_t head, int64_t row, int part) {
+    const int64_t frame = head / a->heads, width = a->heads * a->dim;
+    return a->qkv + ((frame * a->length + row) * 3 + part) * width + head % a->heads * a->dim;
+}
+
+/* Rows of one head lie far from each other: the hardware's prefetcher sees no stream in them. */
+static void fetch_row(const Attention *a, int64_t head, int64_t row, int part) {
+    const char *from = (const char *)head_row(a, head, row, part);
+    for (int64_t i = 0; i < a->dim * (int64_t)sizeof(float); i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
+}
+
 /* One head's row of q or k, rotated: [x1 cos - x2 sin, x2 cos + x1 sin], its largest magnitude returned. */
-static void rotate_row(const Attention *a, const float *x, int64_t position, float factor, float *out) {
+static void rotate_row(const Attention *a, const float *restrict x, int64_t position, float factor,
+                       float *restrict out) {
     const int64_t half = a->dim / 2;
-    const float *cosine = a->cosine + position * half, *sine = a->sine + position * half;
+    const float *restrict cosine = a->cosine + position * half, *restrict sine = a->sine + position * half;
     for (int64_t i = 0; i < half; i++) {
         out[i] = (x[i] * cosine[i] - x[half + i] * sine[i]) * factor;
         out[half + i] = (x[half + i] * cosine[i] + x[i] * sine[i]) * factor;
@@ -36,19 +47,15 @@ INLINE float round_to_int8(const float *x, int64_t padded, int8_t *codes) {
     return scale;
 }
 
-static const float *head_row(const Attention *a, int64_t head, int64_t row, int part) {
-    const int64_t frame = head / a->heads, width = a->heads * a->dim;
-    return a->qkv + ((frame * a->length + row) * 3 + part) * width + head % a->heads * a->dim;
-}
-
-/* All of a head's queries (part 0) or keys (1), rotated, and their mean. rotated: [length, padded dim]. */
-static void rotate_all(const Attention *a, int64_t head, int part, float *rotated, float *mean) {
+/* All of a head's keys [length, padded dim], rotated, and their mean. */
+static void rotate_keys(const Attention *a, int64_t head, float *rotated, float *mean) {
     const int64_t padded = padded_dim(a), first = head / a->heads * a->length;
-    const float factor = part == 0 ? a->scale * LOG2_E : 1, share = 1 / (float)a->length;
+    const float share = 1 / (float)a->length;
     memset(rotated, 0, a->length * padded * sizeof(float));
     memset(mean, 0, padded * sizeof(float));
     for (int64_t n = 0; n < a->length; n++) {
-        rotate_row(a, head_row(a, head, n, part), first + n, factor, rotated + n * padded);
+        fetch_row(a, head, n + ROWS_AHEAD, 1);
+        rotate_row(a, head_row(a, head, n, 1), first + n, 1, rotated + n * padded);
         for (int64_t i = 0; i < padded; i++) mean[i] += rotated[n * padded + i] * share;
     }
 }
@@ -56,47 +63,72 @@ static void rotate_all(const Attention *a, int64_t head, int part, float *rotate
 static void prepare_head_keys(const Attention *a, int64_t head) {
     const int64_t padded = padded_dim(a), room = padded_length(a);
     uint8_t *keys = a->keys + head * room * padded;
-    float *scales = a->key_scales + head * room, *biases = a->key_biases + head * room;
-    float *query = a->query_means + head * padded, mean[MOST_DIM], row[MOST_DIM];
+    float *scales = a->key_scales + head * room, *limits = a->key_limits + head * room;
+    float mean[MOST_DIM], row[MOST_DIM];
     float *rotated = aligned_alloc(64, a->length * padded * sizeof(float));
     int8_t codes[MOST_DIM];
-    rotate_all(a, head, 0, rotated, query);
-    rotate_all(a, head, 1, rotated, mean);
+    rotate_keys(a, head, rotated, mean);
     memset(keys, 128, room * padded);
     for (int64_t n = 0; n < room; n++) {
-        scales[n] = 0, biases[n] = UNSEEN;
+        scales[n] = 0, limits[n] = n < a->length ? 0 : UNSEEN;
         if (n >= a->length) continue;
-        float bias = 0;
-        for (int64_t i = 0; i < padded; i++) {
-            row[i] = rotated[n * padded + i] - mean[i];
-            bias += row[i] * query[i];
-        }
-        biases[n] = bias;
+        for (int64_t i = 0; i < padded; i++) row[i] = rotated[n * padded + i] - mean[i];
         scales[n] = round_to_int8(row, padded, codes);
         uint8_t *to = keys + n / KEYS * KEYS * padded + n % KEYS * 4;
-        for (int64_t i = 0; i < padded; i++) to[i / 4 * KEYS * 4 + i % 4] = (uint8_t)(codes[i] + 128);
+        for (int64_t i = 0; i < padded; i += 4) {
+            uint32_t four;
+            memcpy(&four, codes + i, 4);
+            four ^= 0x80808080u; /* int8 + 128 */
+            memcpy(to + i * KEYS, &four, 4);
+        }
     }
     free(rotated);
 }
 
+/* Where `weigh` puts four neighbouring codes, in fours: its packing takes a row of four registers as a column. */
+INLINE int64_t place_of_four(int64_t four) { return four / 16 * 16 + four % 4 * 4 + four % 16 / 4; }
+
+/* Codes of up to four neighbouring values, padded: [padded dim, 4]. */
+INLINE void interleave_values(const float *const rows[4], const float *inverse, int64_t dim, int8_t *to) {
+    for (int64_t i = 0; i < dim; i += 16) {
+        __m128i r[4];
+        const __mmask16 mask = first_of_16(dim - i);
+        UNROLL for (int k = 0; k < 4; k++) {
+            const __m512 x = rows[k] ? _mm512_maskz_loadu_ps(mask, rows[k] + i) : _mm512_setzero_ps();
+            r[k] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_loadu_ps(inverse + i))));
+        }
+        const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
+        const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
+        const __m128i parts[4] = {_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(c, d),
+                                  _mm_unpackhi_epi16(c, d)};
+        UNROLL for (int k = 0; k < 4; k++)
+            _mm_storeu_si128((__m128i *)(to + i * 4 + k * 16), parts[k]);
+    }
+}
+
 static void prepare_head_values(const Attention *a, int64_t head) {
     const int64_t padded = padded_dim(a), blocks = key_blocks(a);
-    int8_t *values = a->values + head * blocks * KEYS * padded;
-    float *scales = a->value_scales + head * blocks * padded;
-    memset(values, 0, blocks * KEYS * padded);
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t count = a->length - b * KEYS < KEYS ? a->length - b * KEYS : KEYS;
-        float inverse[MOST_DIM], *scale = scales + b * padded;
-        for (int64_t i = 0; i < padded; i++) scale[i] = 1e-30f;
-        for (int64_t n = 0; n < count; n++) {
-            const float *x = head_row(a, head, b * KEYS + n, 2);
-            for (int64_t i = 0; i < a->dim; i++) scale[i] = fabsf(x[i]) > scale[i] ? fabsf(x[i]) : scale[i];
+        int8_t *values = a->values + (head * blocks + b) * KEYS * padded;
+        float inverse[MOST_DIM], *scale = a->value_scales + (head * blocks + b) * padded;
+        for (int64_t i = 0; i < padded; i += 16) {
+            const __mmask16 mask = first_of_16(a->dim - i);
+            __m512 largest = _mm512_set1_ps(1e-30f);
+            for (int64_t n = 0; n < count; n++) {
+                if (i == 0) fetch_row(a, head, b * KEYS + n + ROWS_AHEAD, 2);
+                const __m512 x = _mm512_maskz_loadu_ps(mask, head_row(a, head, b * KEYS + n, 2) + i);
+                largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
+            }
+            const __m512 step = _mm512_div_ps(largest, _mm512_set1_ps(127));
+            _mm512_storeu_ps(scale + i, step);
+            _mm512_storeu_ps(inverse + i, _mm512_div_ps(_mm512_set1_ps(1), step));
         }
-        for (int64_t i = 0; i < padded; i++) scale[i] /= 127, inverse[i] = 1 / scale[i];
-        for (int64_t n = 0; n < count; n++) {
-            const float *x = head_row(a, head, b * KEYS + n, 2);
-            int8_t *to = values + (b * KEYS + n / 4 * 4) * padded + n % 4;
-            for (int64_t i = 0; i < a->dim; i++) to[i * 4] = (int8_t)lrintf(x[i] * inverse[i]);
+        for (int64_t four = 0; four < KEYS / 4; four++) {
+            const float *rows[4];
+            for (int64_t k = 0; k < 4; k++)
+                rows[k] = four * 4 + k < count ? head_row(a, head, b * KEYS + four * 4 + k, 2) : NULL;
+            interleave_values(rows, inverse, a->dim, values + place_of_four(four) * 4 * padded);
         }
     }
 }
@@ -119,10 +151,9 @@ static void open_queries(const Attention *a, int64_t head, int64_t first, int64_
     const int64_t padded = padded_dim(a), frame = head / a->heads;
     for (int64_t m = 0; m < QUERIES; m++) {
         float row[MOST_DIM] = {0};
-        if (m < count) {
+        fetch_row(a, head, first + m + ROWS_AHEAD, 0);
+        if (m < count)
             rotate_row(a, head_row(a, head, first + m, 0), frame * a->length + first + m, a->scale * LOG2_E, row);
-            for (int64_t i = 0; i < padded; i++) row[i] -= a->query_means[head * padded + i];
-        }
         q->scales[m] = round_to_int8(row, padded, q->codes[m]);
         q->offsets[m] = 0;
         for (int64_t i = 0; i < padded; i++) q->offsets[m] -= 128 * q->codes[m][i];
@@ -132,7 +163,7 @@ static void open_queries(const Attention *a, int64_t head, int64_t first, int64_
 }
 
 /* Scores of ROWS queries and KEYS keys, to base 2. */
-INLINE void score(const Queries *q, int64_t m, const uint8_t *keys, const float *scales, const float *biases, int steps,
+INLINE void score(const Queries *q, int64_t m, const uint8_t *keys, const float *scales, const float *limits, int steps,
                   float scores[ROWS][KEYS]) {
     for (int part = 0; part < KEYS; part += 64) {
         __m512i d[ROWS][4];
@@ -149,16 +180,16 @@ INLINE void score(const Queries *q, int64_t m, const uint8_t *keys, const float 
             }
         }
         UNROLL for (int v = 0; v < 4; v++) {
-            const __m512 scale = _mm512_load_ps(scales + part + v * 16), bias = _mm512_load_ps(biases + part + v * 16);
+            const __m512 scale = _mm512_load_ps(scales + part + v * 16), limit = _mm512_load_ps(limits + part + v * 16);
             UNROLL for (int r = 0; r < ROWS; r++) {
                 const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(q->scales[m + r]));
-                _mm512_store_ps(scores[r] + part + v * 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(d[r][v]), factor, bias));
+                _mm512_store_ps(scores[r] + part + v * 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(d[r][v]), factor, limit));
             }
         }
     }
 }
 
-/* 2^x for x <= 0 within 1e-4 of itself: less than half of a step of 1/255. */
+/* 2^x within 1e-4 of itself, of which half a step of 1/255 is twenty times as much. */
 INLINE __m512 weight_ps(__m512 x) {
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 f = _mm512_sub_ps(x, whole);
@@ -167,18 +198,22 @@ INLINE __m512 weight_ps(__m512 x) {
     return _mm512_scalef_ps(_mm512_fmadd_ps(y, f, _mm512_set1_ps(1)), whole);
 }
 
-/* Codes of the weights of one query, 255 for the largest of the block, and their sum. */
+/* Codes of the weights of one query, 255 for the largest of the block, and their sum. Fours of neighbours are where
+ * place_of_four says. */
 INLINE int32_t weigh(const float *scores, float *largest, uint8_t *codes) {
     __m512 top = _mm512_load_ps(scores);
-    UNROLL for (int v = 1; v < KEYS / 16; v++) top = _mm512_max_ps(top, _mm512_load_ps(scores + v * 16));
+    UNROLL for (int v = 1; v < KEYS / 16; v++)
+        top = _mm512_max_ps(top, _mm512_load_ps(scores + v * 16));
     *largest = _mm512_reduce_max_ps(top);
-    const __m512 limit = _mm512_set1_ps(*largest), steps = _mm512_set1_ps(255);
+    const __m512 limit = _mm512_set1_ps(*largest - 7.9943534f); /* log2(255) */
     __m512i sum = _mm512_setzero_si512();
-    UNROLL for (int v = 0; v < KEYS / 16; v++) {
-        const __m512 weight = weight_ps(_mm512_sub_ps(_mm512_load_ps(scores + v * 16), limit));
-        const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(weight, steps));
-        sum = _mm512_add_epi32(sum, code);
-        _mm_store_si128((__m128i *)(codes + v * 16), _mm512_cvtusepi32_epi8(code));
+    UNROLL for (int part = 0; part < KEYS; part += 64) {
+        __m512i code[4];
+        UNROLL for (int v = 0; v < 4; v++)
+            code[v] = _mm512_cvtps_epi32(weight_ps(_mm512_sub_ps(_mm512_load_ps(scores + part + v * 16), limit)));
+        const __m512i packed = _mm512_packus_epi16(_mm512_packs_epi32(code[0], code[1]), _mm512_packs_epi32(code[2], code[3]));
+        sum = _mm512_dpbusd_epi32(sum, packed, _mm512_set1_epi8(1));
+        _mm512_store_si512(codes + part, packed);
     }
     return _mm512_reduce_add_epi32(sum);
 }
@@ -215,7 +250,7 @@ INLINE void add_block(const Attention *a, int64_t head, int64_t block, Queries *
     for (int64_t m = 0; m < count; m += ROWS) {
         float powers[16] = {0};
         int32_t totals[ROWS];
-        score(q, m, a->keys + place * padded, a->key_scales + place, a->key_biases + place, registers * 4, scores);
+        score(q, m, a->keys + place * padded, a->key_scales + place, a->key_limits + place, registers * 4, scores);
         for (int r = 0; r < ROWS; r++) {
             float largest;
             totals[r] = weigh(scores[r], &largest, codes[r]);

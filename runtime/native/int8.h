@@ -34,8 +34,7 @@ typedef struct {
     uint8_t *keys;            /* blocks of KEYS, [dim / 4, KEYS, 4]: int8 + 128 */
     int8_t *values;           /* blocks of KEYS, [KEYS / 4, padded dim, 4] */
     float *key_scales;        /* [padded length] */
-    float *key_biases;        /* [padded length]: scores of the mean query, to base 2 */
-    float *query_means;       /* [padded dim] */
+    float *key_limits;        /* [padded length]: 0, and far below all scores behind the last key */
     float *value_scales;      /* blocks of KEYS, [padded dim] */
 } Attention;
 

@@ -161,13 +161,12 @@ static Status *run_frames(const Frames *node, KernelContext *context, FramesCall
     Attention *a = &call->attention;
     const int64_t heads = a->frames * a->heads, length = padded_length(a), padded = padded_dim(a);
     const size_t codes = heads * length * padded, of_keys = heads * length * sizeof(float);
-    const size_t of_values = heads * key_blocks(a) * padded * sizeof(float), of_queries = heads * padded * sizeof(float);
-    char *memory = aligned_alloc(64, 2 * (codes + of_keys) + of_values + of_queries);
+    const size_t of_values = heads * key_blocks(a) * padded * sizeof(float);
+    char *memory = aligned_alloc(64, 2 * (codes + of_keys) + of_values);
     if (memory == NULL) return CreateStatus(node->api)(ABI_FAIL, "edgevl.FrameAttention: no memory for keys and values");
     a->keys = (uint8_t *)memory, a->values = (int8_t *)(memory + codes);
-    a->key_scales = (float *)(memory + 2 * codes), a->key_biases = (float *)(memory + 2 * codes + of_keys);
+    a->key_scales = (float *)(memory + 2 * codes), a->key_limits = (float *)(memory + 2 * codes + of_keys);
     a->value_scales = (float *)(memory + 2 * (codes + of_keys));
-    a->query_means = (float *)(memory + 2 * (codes + of_keys) + of_values);
     call->blocks = up_to(a->length, QUERIES) / QUERIES;
     Status *status = parallel(node->api, context, prepare_task, heads, call);
     if (status == NULL) status = parallel(node->api, context, attend_task, heads * call->blocks, call);
