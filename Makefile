@@ -1,4 +1,5 @@
-# A few verbs. Nothing but Python (3.10 to 3.13), make and git is expected on the machine.
+# A few verbs. Nothing but Python (3.10 to 3.13), make and git is expected on the machine; where it has a C compiler, our
+# own kernels are built too.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo

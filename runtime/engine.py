@@ -226,11 +226,15 @@ def _kernels(bundle: Bundle | None) -> str:
 
 
 def _openvino(bundle: Bundle | None) -> str:
-    from edgevl.runtime.openvino_engine import openvino_version, prompts_on_openvino
+    from edgevl.runtime.openvino_engine import openvino_version, prompts_on_openvino, vision_on_openvino
 
     if bundle is not None and bundle.target != "cpu":
         raise EngineError(f"the bundle was exported for {bundle.target!r}; export with --target cpu")
-    what = "vision and prompts" if bundle is None or prompts_on_openvino(bundle) else "vision"
+    parts = [
+        ("vision", bundle is None or vision_on_openvino(bundle)),
+        ("prompts", bundle is None or prompts_on_openvino(bundle)),
+    ]
+    what = " and ".join(name for name, there in parts if there) or "nothing here"
     return f"openvino {openvino_version()} for {what}, onnxruntime {_onnxruntime()} for the rest{_kernels(bundle)}"
 
 

@@ -5,7 +5,8 @@ OpenVINO reads the encoder's ONNX graph as it is. It has attention in bfloat16 w
 multiply them on tiles (AMX, `edgevl.runtime.openvino_rewrite`). Prompts have a graph of their own over the decoder's
 weights (`edgevl.export.dialect_openvino`), which takes nearly half of ONNX Runtime's time there; a second packed copy
 of the layers, without the head, is what it costs. Over W8A8 weights it is used where there are tiles: it takes the
-place of `hybrid`'s own graph for prompts then.
+place of `hybrid`'s own graph for prompts then. Without tiles our own encoder (`edgevl.runtime.native_kernels`) is the
+faster one, and is used where the machine has it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from edgevl.runtime.openvino_rewrite import (
     slow_bfloat16,
     without_row_scales,
 )
-from edgevl.runtime.ort_engine import OrtEngine, check_signature, release_weight_files
+from edgevl.runtime.ort_engine import OrtEngine, check_signature, native_role, release_weight_files
 from edgevl.runtime.trt_feeds import appended_mask, rows_of_images, store_appended
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "OpenVinoPrefill",
     "openvino_version",
     "prompts_on_openvino",
+    "vision_on_openvino",
 ]
 
 LEAST_OPENVINO = "2026.4"  # 2025.4 crashes on the encoder; nothing between was tried
@@ -68,6 +70,11 @@ def prompts_on_openvino(bundle: Bundle) -> bool:
     """Whether it has a graph for prompts that is the fastest here: W8A8 only with int8 tiles."""
     graph = bundle.graphs.get(OPENVINO_PREFILL)
     return graph is not None and (graph.precision != "int8" or has_int8_tiles())
+
+
+def vision_on_openvino(bundle: Bundle) -> bool:
+    """Whether its encoder is the faster one here: without int8 tiles ours is, where there is one."""
+    return has_int8_tiles() or native_role(bundle, "vision") is None
 
 
 class OpenVinoGraph:
@@ -176,7 +183,8 @@ def _last_token(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class OpenVinoEngine(OrtEngine):
-    """Vision on OpenVINO, prompts too where the bundle has a graph for that; the decoder as in `ort-cpu`.
+    """Vision and prompts on OpenVINO where it is the fastest at them and the bundle has graphs for that; all else as in
+    `ort-cpu`.
 
     Args:
         threads: of each of the two, which never work at the same time; the usable cores by default.
@@ -187,7 +195,7 @@ class OpenVinoEngine(OrtEngine):
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         openvino_version()
         count = threads or usable_cores()
-        self._encoder = self._open_encoder(bundle, count)
+        self._encoder = self._open_encoder(bundle, count) if vision_on_openvino(bundle) else None
         filling = self._open_prefill(bundle, count) if prompts_on_openvino(bundle) else None
         super().__init__(bundle, threads)
         del self._encoder  # among the graphs now, which `close` frees
@@ -215,4 +223,5 @@ class OpenVinoEngine(OrtEngine):
         return [r for r in roles if r != "prefill"] if prompts_on_openvino(bundle) else roles
 
     def _open(self, bundle: Bundle, role: str) -> GraphRunner:
-        return self._encoder if role == "vision" else super()._open(bundle, role)
+        ready = self._encoder if role == "vision" else None
+        return super()._open(bundle, role) if ready is None else ready

@@ -179,20 +179,25 @@ static Status *attend(void *kernel, KernelContext *context) {
     const Api api = node->api;
     FramesCall call = {.node = node};
     Attention *a = &call.attention;
-    int64_t dims[MOST_DIMENSIONS], rotary[MOST_DIMENSIONS];
-    size_t count = 0, rotary_count = 0;
+    int64_t dims[MOST_DIMENSIONS];
+    size_t count = 0;
     CHECK(input_data(api, context, 0, &a->qkv));
     CHECK(input_data(api, context, 1, &a->cosine));
     CHECK(input_data(api, context, 2, &a->sine));
     CHECK(input_shape(api, context, 0, dims, &count));
-    CHECK(input_shape(api, context, 1, rotary, &rotary_count));
     a->heads = node->heads;
     a->dim = count == 3 ? dims[2] / 3 / a->heads : 0;
     if (count != 3 || a->dim * 3 * a->heads != dims[2] || a->dim % 2 != 0 || a->dim < 2 || a->dim > 128)
         return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected qkv [frames, patches, 3 × heads × "
                                                        "dim] with an even dim of at most 128");
-    if (rotary_count != 3 || rotary[0] != dims[0] || rotary[1] != dims[1] || rotary[2] * 2 != a->dim)
-        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected cos [frames, patches, dim / 2]");
+    for (size_t input = 1; input <= 2; input++) {
+        int64_t rotary[MOST_DIMENSIONS];
+        size_t axes = 0;
+        CHECK(input_shape(api, context, input, rotary, &axes));
+        if (axes != 3 || rotary[0] != dims[0] || rotary[1] != dims[1] || rotary[2] * 2 != a->dim)
+            return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected cos and sin [frames, patches, "
+                                                           "dim / 2]");
+    }
     a->frames = dims[0], a->length = dims[1];
     a->scale = 1 / sqrtf((float)a->dim);
     dims[2] = a->heads * a->dim;

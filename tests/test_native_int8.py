@@ -1,0 +1,253 @@
+"""MatMulInt8 and FrameAttention, our own operators of W8A8, through ONNX Runtime against slow oracles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgevl.runtime.errors import EdgeVLError
+from edgevl.runtime.native_kernels import has_int8_kernels, native_library
+
+
+def unusable() -> str | None:
+    try:
+        return None if has_int8_kernels() else "this processor has no AVX512-VNNI"
+    except EdgeVLError as e:
+        return str(e)
+
+
+pytestmark = pytest.mark.skipif(unusable() is not None, reason=str(unusable()))
+
+
+def session(
+    op: str, inputs: dict[str, list[Any]], constants: dict[str, np.ndarray], threads: int = 1, **attributes: int
+) -> ort.InferenceSession:
+    names = [*inputs, *constants]
+    node = helper.make_node(op, names, ["y"], domain="edgevl", **attributes)
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("edgevl", 1)]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(native_library()))
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return ort.InferenceSession(model.SerializeToString(), options)
+
+
+# ---------------------------------------------------------------------- products
+
+
+def rounded(x: np.ndarray, affine: bool) -> np.ndarray:
+    """Rows of x as 8 bits have them: 255 codes around 0, or 256 between the row's extremes."""
+    if not affine:
+        scale = np.maximum(np.abs(x).max(-1, keepdims=True) / np.float32(127), np.float32(1e-30))
+        return np.rint(x * (1 / scale)).astype(np.float64) * scale
+    low, high = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
+    scale = np.maximum((high - low) / np.float32(255), np.float32(1e-30))
+    zero = np.rint(-low / scale)
+    return (np.clip(np.rint(x * (1 / scale)) + zero, 0, 255).astype(np.float64) - zero) * scale
+
+
+def product(
+    x: np.ndarray, codes: np.ndarray, scales: np.ndarray, bias: np.ndarray | None, gelu: bool, affine: bool
+) -> np.ndarray:
+    y = rounded(x, affine) @ codes.astype(np.float64) * scales + (0 if bias is None else bias)
+    return y / (1 + np.exp(-1.702 * y)) if gelu else y
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 4, 12, 29, 400])
+@pytest.mark.parametrize("size", [(64, 32), (130, 70), (513, 33), (1030, 4)])
+def test_a_product_is_that_of_rounded_rows(rows: int, size: tuple[int, int], gelu: bool, affine: bool) -> None:
+    k, n = size
+    rng = np.random.default_rng(rows * k + n)
+    codes = rng.integers(-127, 128, (k, n), dtype=np.int8)
+    constants = {
+        "w": codes,
+        "s": (rng.random(n) * 0.01).astype(np.float32),
+        "b": rng.standard_normal(n).astype(np.float32),
+    }
+    x = (rng.standard_normal((rows, k)) + (1 if affine else 0)).astype(np.float32)
+    run = session("MatMulInt8", {"x": ["m", k]}, constants, threads=2, K=k, N=n, quick_gelu=gelu, affine=affine)
+    expected = product(x, codes, constants["s"], constants["b"], gelu, affine)
+    assert np.abs(run.run(None, {"x": x})[0] - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+def test_a_product_by_hand() -> None:
+    """x = (127, -64, 0.4) has scale 1 and codes (127, -64, 0); x = 0 stays 0."""
+    codes = np.array([[1, -2], [3, 4], [100, 100]], np.int8)
+    constants = {"w": codes, "s": np.array([1, 0.5], np.float32)}
+    run = session("MatMulInt8", {"x": [1, 2, 3]}, constants, K=3, N=2, quick_gelu=0, affine=0)
+    y = run.run(None, {"x": np.array([[[127, -64, 0.4], [0, 0, 0]]], np.float32)})[0]
+    assert y.tolist() == [[[127 - 192, (-254 - 256) / 2], [0, 0]]]
+
+
+def test_the_largest_sums_fit() -> None:
+    """All codes at their ends over the longest input of any Qwen2-VL (29,568): 29,568 × 255 × 127 is under 2^31."""
+    k = 29568
+    codes = np.repeat(np.array([[127, -127]], np.int8), k, 0)
+    constants = {"w": codes, "s": np.ones(2, np.float32)}
+    run = session("MatMulInt8", {"x": [1, k]}, constants, K=k, N=2, quick_gelu=0, affine=1)
+    y = run.run(None, {"x": np.full((1, k), 255, np.float32)})[0]
+    assert y.tolist() == [[255 * 127 * k, -255 * 127 * k]]
+
+
+def test_no_rows_give_no_rows() -> None:
+    constants = {"w": np.ones((8, 4), np.int8), "s": np.ones(4, np.float32)}
+    run = session("MatMulInt8", {"x": ["m", 8]}, constants, K=8, N=4, quick_gelu=0, affine=0)
+    assert run.run(None, {"x": np.zeros((0, 8), np.float32)})[0].shape == (0, 4)
+
+
+def test_a_product_refuses_what_it_cannot_multiply() -> None:
+    constants = {"w": np.ones((8, 4), np.int8), "s": np.ones(4, np.float32)}
+    run = session("MatMulInt8", {"x": [1, "k"]}, constants, K=8, N=4, quick_gelu=0, affine=0)
+    with pytest.raises(Exception, match="the last axis of a product's input is not K"):
+        run.run(None, {"x": np.zeros((1, 9), np.float32)})
+    with pytest.raises(Exception, match="expected N and K of at least 1"):
+        session("MatMulInt8", {"x": [1, 8]}, constants, K=0, N=4, quick_gelu=0, affine=0)
+    with pytest.raises(Exception, match="B is not a constant"):
+        nodes = [
+            helper.make_node("Cast", ["u"], ["w"], to=TensorProto.INT8),
+            helper.make_node("MatMulInt8", ["x", "w", "s"], ["y"], domain="edgevl", K=8, N=4, quick_gelu=0, affine=0),
+        ]
+        ins = [
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+            for n, s in (("x", [1, 8]), ("u", [8, 4]), ("s", [4]))
+        ]
+        graph = helper.make_graph(nodes, "g", ins, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("edgevl", 1)]
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.register_custom_ops_library(str(native_library()))
+        ort.InferenceSession(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString(), options)
+
+
+# ---------------------------------------------------------------------- attention
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """x [frames, patches, heads, d], in halves."""
+    half = x.shape[-1] // 2
+    a, b, cos, sin = x[..., :half], x[..., half:], cos[:, :, None], sin[:, :, None]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attention(qkv: np.ndarray, cos: np.ndarray, sin: np.ndarray, heads: int) -> np.ndarray:
+    frames, patches, width = qkv.shape
+    q, k, v = np.moveaxis(qkv.astype(np.float64).reshape(frames, patches, 3, heads, -1), 2, 0)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    scores = np.einsum("fqhd,fkhd->fhqk", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("fhqk,fkhd->fqhd", weights, v).reshape(frames, patches, width // 3)
+
+
+def frames_session(heads: int, threads: int = 1) -> ort.InferenceSession:
+    shapes = {"qkv": ["f", "p", "w"], "cos": ["f", "q", "h"], "sin": ["f", "r", "i"]}
+    return session("FrameAttention", shapes, {}, threads, num_heads=heads)
+
+
+def given(frames: int, patches: int, heads: int, dim: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    angles = rng.random((frames, patches, dim // 2)) * 6
+    qkv = rng.standard_normal((frames, patches, 3 * heads * dim)).astype(np.float32)
+    return {"qkv": qkv, "cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+
+
+SIZES = [
+    (1, 1, 1, 2),
+    (1, 4, 2, 16),
+    (2, 70, 3, 32),
+    (1, 128, 2, 64),
+    (3, 129, 2, 80),
+    (1, 300, 1, 128),
+    (1, 65, 2, 36),
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_attention_is_near_to_that_in_float64(size: tuple[int, int, int, int]) -> None:
+    """8 bits leave about 2 % of Gaussian noise's own attention, which is the worst case: nothing adds up in it."""
+    feeds = given(*size)
+    y = frames_session(size[2], threads=2).run(None, feeds)[0]
+    expected = attention(feeds["qkv"], feeds["cos"], feeds["sin"], size[2])
+    assert np.linalg.norm(y - expected) < 0.03 * np.linalg.norm(expected)
+
+
+def test_what_all_keys_share_costs_nothing() -> None:
+    """Keys far from 0 in one direction: without their mean taken away, 8 bits would see that alone."""
+    feeds = given(1, 200, 2, 32)
+    feeds["cos"][:], feeds["sin"][:] = 1, 0
+    feeds["qkv"][..., 64:128] += 30
+    y = frames_session(2).run(None, feeds)[0]
+    expected = attention(feeds["qkv"], feeds["cos"], feeds["sin"], 2)
+    assert np.linalg.norm(y - expected) < 0.03 * np.linalg.norm(expected)
+
+
+def test_one_value_everywhere_comes_out_as_it_is() -> None:
+    """Weights sum to one whatever they are, also over a last block that is not full."""
+    feeds = given(1, 131, 1, 16)
+    feeds["qkv"][..., 32:] = np.linspace(-2, 5, 16)
+    y = frames_session(1).run(None, feeds)[0]
+    assert np.abs(y - np.linspace(-2, 5, 16)).max() < 1e-5
+
+
+def test_a_key_that_outweighs_all_others_is_all_that_is_seen() -> None:
+    """Scores hundreds apart, in a later block than the first: no overflow, and nothing is left of what came before."""
+    feeds = given(1, 260, 1, 16)
+    feeds["cos"][:], feeds["sin"][:] = 1, 0
+    feeds["qkv"][0, :, :16] = 20
+    feeds["qkv"][0, :, 16:32] = 0
+    feeds["qkv"][0, 200, 16:32] = 20
+    y = frames_session(1).run(None, feeds)[0]
+    value = feeds["qkv"][0, 200, 32:]
+    assert np.abs(y[0] - value).max() < 0.005 * np.abs(feeds["qkv"][0, 128:256, 32:]).max()
+
+
+def test_frames_do_not_see_each_other() -> None:
+    feeds = given(3, 50, 2, 16)
+    together = frames_session(2).run(None, feeds)[0]
+    for frame in range(3):
+        alone = {name: value[frame : frame + 1] for name, value in feeds.items()}
+        assert np.array_equal(frames_session(2).run(None, alone)[0][0], together[frame])
+
+
+def test_no_patches_give_no_patches() -> None:
+    assert frames_session(2).run(None, given(1, 0, 2, 16))[0].shape == (1, 0, 32)
+
+
+@pytest.mark.parametrize(
+    ("heads", "change", "said"),
+    [
+        (5, {}, "expected qkv"),
+        (1, {"qkv": np.zeros((1, 8, 3 * 130), np.float32)}, "at most 128"),
+        (2, {"cos": np.zeros((1, 7, 8), np.float32)}, "expected cos"),
+        (2, {"cos": np.zeros((1, 8, 4), np.float32)}, "expected cos"),
+        (2, {"sin": np.zeros((1, 8, 4), np.float32)}, "expected cos and sin"),
+    ],
+)
+def test_attention_refuses_what_does_not_fit(heads: int, change: dict[str, np.ndarray], said: str) -> None:
+    with pytest.raises(Exception, match=said):
+        frames_session(heads).run(None, given(1, 8, 2, 16) | change)
+
+
+def test_attention_needs_a_head() -> None:
+    with pytest.raises(Exception, match="num_heads of at least 1"):
+        frames_session(0)
+
+
+def test_the_library_is_beside_the_package() -> None:
+    assert Path(native_library()).parent.name == "runtime"
