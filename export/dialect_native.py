@@ -1,9 +1,9 @@
 """The native dialect: ONNX Runtime's graphs with edgevl's own operators (runtime/native) in them.
 
 Products with weights in blocks are ours in place of MatMulNBits; those of W8A8 round their inputs themselves and have
-QuickGelu behind them; attention of a vision encoder is in int8 and rotates queries and keys itself. The weights' bytes
-are the same, so each is a second small file beside the graph that stays for devices without the kernels: they are built
-where a C compiler is found.
+QuickGelu behind them. Either multiplies with a gate or adds a residual by the way. Attention of a vision encoder is in
+int8 and rotates queries and keys itself. The weights' bytes are the same, so each is a second small file beside the
+graph that stays for devices without the kernels: they are built where a C compiler is found.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from edgevl.export.dialect_ort import OrtDialect
+from edgevl.export.dialect_ort import OrtDialect, nbits_attributes
 from edgevl.export.graph import EDGEVL
 from edgevl.export.precision import Precision
+from edgevl.export.weights import BlockWeights
 from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint
 
 __all__ = ["NativeDialect", "has_native_decoder", "has_native_vision"]
@@ -41,7 +42,11 @@ def has_native_vision(precision: Precision, checkpoint: Checkpoint) -> bool:
 class NativeDialect(OrtDialect):
     """Implements edgevl.export.dialect.Dialect for one graph."""
 
-    nbits_domain = EDGEVL
+    def _matmul_nbits(self, x: ir.Value, weight: BlockWeights, bias: ir.Value | None) -> ir.Value:
+        if weight.order is not None:
+            x = self._columns(x, weight.order)
+        inputs = [x, weight.codes, weight.scales, weight.zero_points, None, bias, None, None]
+        return self.builder.op("MatMulNBits", inputs, nbits_attributes(weight), domain=EDGEVL)
 
     def _w8a8_product(self, x: ir.Value, names: Sequence[str], bias: ir.Value | None) -> ir.Value:
         return self._int8_product(x, names, bias, affine=0)
@@ -52,15 +57,37 @@ class NativeDialect(OrtDialect):
     def _int8_product(self, x: ir.Value, names: Sequence[str], bias: ir.Value | None, affine: int) -> ir.Value:
         codes, scales = self._weights.channels(names)
         size = {"K": self._weights.columns_of(names[0]), "N": self._weights.rows_of(names)}
-        inputs = [x, codes, scales] if bias is None else [x, codes, scales, bias]
-        return self.builder.op("MatMulInt8", inputs, {**size, "quick_gelu": 0, "affine": affine}, domain=EDGEVL)
+        attributes = {**size, "quick_gelu": 0, "affine": affine}
+        return self.builder.op("MatMulInt8", [x, codes, scales, bias, None, None], attributes, domain=EDGEVL)
+
+    # ------------------------------------------------------------------ what a product does to its output by the way
 
     def quick_gelu(self, x: ir.Value) -> ir.Value:
-        product = x.producer()
+        product = self._own_product(x)
         if product is None or product.op_type != "MatMulInt8":
             return super().quick_gelu(x)
         product.attributes["quick_gelu"] = ir.AttrInt64("quick_gelu", 1)
         return x
+
+    def gated(self, gate: ir.Value, up: ir.Value) -> ir.Value:
+        return self._with(up, gate, 2) or super().gated(gate, up)
+
+    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self._with(b, a, 1) or super().add(a, b)
+
+    def _with(self, product: ir.Value, other: ir.Value, place: int) -> ir.Value | None:
+        """The product with `other` as its last input but `place` - 1; None where it is not one of ours."""
+        node = self._own_product(product)
+        if node is None:
+            return None
+        node.replace_input_with(len(node.inputs) - place, other)
+        return product
+
+    def _own_product(self, x: ir.Value) -> ir.Node | None:
+        node = x.producer()
+        return node if node is not None and node.domain == EDGEVL and node.op_type.startswith("MatMul") else None
+
+    # ------------------------------------------------------------------ attention
 
     def frame_attention(self, x: ir.Value, qkv: str) -> ir.Value:
         inputs = [self._product(x, [qkv], True), self.input("rotary_cos"), self.input("rotary_sin")]

@@ -41,7 +41,6 @@ class OrtDialect:
 
     opset, ir_version = OPSET, IR_VERSION
     narrows_last_layer = True
-    nbits_domain = MICROSOFT  # whose MatMulNBits it is
     has_steps = True  # attention of one new token by a way of its own, see StepAttention
 
     def __init__(
@@ -129,12 +128,16 @@ class OrtDialect:
     def gated_mlp(self, x: ir.Value, gate: str, up: str, down: str) -> ir.Value:
         # Not merged: on the CPU the Split costs more than the larger product gains (0.74 ms against 1.64).
         a, b = self._product(x, [gate], False), self._product(x, [up], False)
-        silu = self.builder.op("QuickGelu", [a], {"alpha": 1.0}, domain=MICROSOFT)
-        h = self.builder.op("Mul", [silu, b])
+        h = self.gated(a, b)
         form = self._weights.format_of([down], self._precision.linear)
         if form.kind == "w8a8" and form.input_scale is None and self._weights.pre_scale(down) is None:
             return self._affine_product(h, down, x)
         return self._product(h, [down], False)
+
+    def gated(self, gate: ir.Value, up: ir.Value) -> ir.Value:
+        """SiLU(gate) × up."""
+        silu = self.builder.op("QuickGelu", [gate], {"alpha": 1.0}, domain=MICROSOFT)
+        return self.builder.op("Mul", [silu, up])
 
     def patch_embedding(self, patches: ir.Value, name: str) -> ir.Value:
         # Stays float in every precision: pixels are the one input whose error nothing later can mend, and it is
@@ -210,7 +213,7 @@ class OrtDialect:
         inputs = [x, weight.codes, weight.scales, weight.zero_points, None, bias]
         while inputs[-1] is None:
             inputs.pop()
-        return self.builder.op("MatMulNBits", inputs, attributes, domain=self.nbits_domain)
+        return self.builder.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
 
     def _columns(self, x: ir.Value, order: ir.Value) -> ir.Value:
         """x with its last axis in the order of a layer's groups, shared by layers over one input."""

@@ -29,7 +29,14 @@ def session(
     op: str, inputs: dict[str, list[Any]], constants: dict[str, np.ndarray], threads: int = 1, **attributes: int
 ) -> ort.InferenceSession:
     names = [*inputs, *constants]
-    node = helper.make_node(op, names, ["y"], domain="edgevl", **attributes)
+    given: dict[str, Any] = dict(attributes)
+    node = helper.make_node(op, names, ["y"], domain="edgevl", **given)
+    return opened(node, inputs, constants, threads)
+
+
+def opened(
+    node: onnx.NodeProto, inputs: dict[str, list[Any]], constants: dict[str, np.ndarray], threads: int
+) -> ort.InferenceSession:
     graph = helper.make_graph(
         [node],
         "g",
@@ -44,6 +51,12 @@ def session(
     options.register_custom_ops_library(str(native_library()))
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return ort.InferenceSession(model.SerializeToString(), options)
+
+
+def answer(opened: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    y = opened.run(None, feeds)[0]
+    assert isinstance(y, np.ndarray)
+    return y
 
 
 # ---------------------------------------------------------------------- products
@@ -83,7 +96,30 @@ def test_a_product_is_that_of_rounded_rows(rows: int, size: tuple[int, int], gel
     x = (rng.standard_normal((rows, k)) + (1 if affine else 0)).astype(np.float32)
     run = session("MatMulInt8", {"x": ["m", k]}, constants, threads=2, K=k, N=n, quick_gelu=gelu, affine=affine)
     expected = product(x, codes, constants["s"], constants["b"], gelu, affine)
-    assert np.abs(run.run(None, {"x": x})[0] - expected).max() < 2e-6 * np.abs(expected).max()
+    assert np.abs(answer(run, {"x": x}) - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_a_gate_and_a_residual_come_behind(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    constants = {
+        "w": rng.integers(-127, 128, (96, 40), dtype=np.int8),
+        "s": (rng.random(40) * 0.01).astype(np.float32),
+        "b": rng.standard_normal(40).astype(np.float32),
+    }
+    x, gate, residual = (rng.standard_normal((rows, n)).astype(np.float32) * 4 for n in (96, 40, 40))
+    gate[0, :4] = [-200, 200, 0, -0.5]
+    plain = product(x, constants["w"], constants["s"], constants["b"], False, False)
+    node = helper.make_node(
+        "MatMulInt8", ["x", *constants, "gate", "residual"], ["y"], domain="edgevl", K=96, N=40, quick_gelu=0, affine=0
+    )
+    run = opened(node, {"x": ["m", 96], "gate": ["m", 40], "residual": ["m", 40]}, constants, 2)
+    with np.errstate(over="ignore"):
+        expected = plain * gate / (1 + np.exp(-gate.astype(np.float64))) + residual
+    y = answer(run, {"x": x, "gate": gate, "residual": residual})
+    assert np.abs(y - expected).max() < 2e-6 * np.abs(expected).max()
+    with pytest.raises(Exception, match="not of the output's shape"):
+        answer(run, {"x": x, "gate": gate[:, :1].repeat(40, 1)[:0], "residual": residual})
 
 
 def test_a_product_by_hand() -> None:
@@ -91,7 +127,7 @@ def test_a_product_by_hand() -> None:
     codes = np.array([[1, -2], [3, 4], [100, 100]], np.int8)
     constants = {"w": codes, "s": np.array([1, 0.5], np.float32)}
     run = session("MatMulInt8", {"x": [1, 2, 3]}, constants, K=3, N=2, quick_gelu=0, affine=0)
-    y = run.run(None, {"x": np.array([[[127, -64, 0.4], [0, 0, 0]]], np.float32)})[0]
+    y = answer(run, {"x": np.array([[[127, -64, 0.4], [0, 0, 0]]], np.float32)})
     assert y.tolist() == [[[127 - 192, (-254 - 256) / 2], [0, 0]]]
 
 
@@ -101,14 +137,14 @@ def test_the_largest_sums_fit() -> None:
     codes = np.repeat(np.array([[127, -127]], np.int8), k, 0)
     constants = {"w": codes, "s": np.ones(2, np.float32)}
     run = session("MatMulInt8", {"x": [1, k]}, constants, K=k, N=2, quick_gelu=0, affine=1)
-    y = run.run(None, {"x": np.full((1, k), 255, np.float32)})[0]
+    y = answer(run, {"x": np.full((1, k), 255, np.float32)})
     assert y.tolist() == [[255 * 127 * k, -255 * 127 * k]]
 
 
 def test_no_rows_give_no_rows() -> None:
     constants = {"w": np.ones((8, 4), np.int8), "s": np.ones(4, np.float32)}
     run = session("MatMulInt8", {"x": ["m", 8]}, constants, K=8, N=4, quick_gelu=0, affine=0)
-    assert run.run(None, {"x": np.zeros((0, 8), np.float32)})[0].shape == (0, 4)
+    assert answer(run, {"x": np.zeros((0, 8), np.float32)}).shape == (0, 4)
 
 
 def test_a_product_refuses_what_it_cannot_multiply() -> None:
@@ -182,7 +218,7 @@ SIZES = [
 def test_attention_is_near_to_that_in_float64(size: tuple[int, int, int, int]) -> None:
     """8 bits leave about 2 % of Gaussian noise's own attention, which is the worst case: nothing adds up in it."""
     feeds = given(*size)
-    y = frames_session(size[2], threads=2).run(None, feeds)[0]
+    y = answer(frames_session(size[2], threads=2), feeds)
     expected = attention(feeds["qkv"], feeds["cos"], feeds["sin"], size[2])
     assert np.linalg.norm(y - expected) < 0.03 * np.linalg.norm(expected)
 
@@ -192,7 +228,7 @@ def test_what_all_keys_share_costs_nothing() -> None:
     feeds = given(1, 200, 2, 32)
     feeds["cos"][:], feeds["sin"][:] = 1, 0
     feeds["qkv"][..., 64:128] += 30
-    y = frames_session(2).run(None, feeds)[0]
+    y = answer(frames_session(2), feeds)
     expected = attention(feeds["qkv"], feeds["cos"], feeds["sin"], 2)
     assert np.linalg.norm(y - expected) < 0.03 * np.linalg.norm(expected)
 
@@ -201,7 +237,7 @@ def test_one_value_everywhere_comes_out_as_it_is() -> None:
     """Weights sum to one whatever they are, also over a last block that is not full."""
     feeds = given(1, 131, 1, 16)
     feeds["qkv"][..., 32:] = np.linspace(-2, 5, 16)
-    y = frames_session(1).run(None, feeds)[0]
+    y = answer(frames_session(1), feeds)
     assert np.abs(y - np.linspace(-2, 5, 16)).max() < 1e-5
 
 
@@ -212,21 +248,21 @@ def test_a_key_that_outweighs_all_others_is_all_that_is_seen() -> None:
     feeds["qkv"][0, :, :16] = 20
     feeds["qkv"][0, :, 16:32] = 0
     feeds["qkv"][0, 200, 16:32] = 20
-    y = frames_session(1).run(None, feeds)[0]
+    y = answer(frames_session(1), feeds)
     value = feeds["qkv"][0, 200, 32:]
     assert np.abs(y[0] - value).max() < 0.005 * np.abs(feeds["qkv"][0, 128:256, 32:]).max()
 
 
 def test_frames_do_not_see_each_other() -> None:
     feeds = given(3, 50, 2, 16)
-    together = frames_session(2).run(None, feeds)[0]
+    together = answer(frames_session(2), feeds)
     for frame in range(3):
         alone = {name: value[frame : frame + 1] for name, value in feeds.items()}
-        assert np.array_equal(frames_session(2).run(None, alone)[0][0], together[frame])
+        assert np.array_equal(answer(frames_session(2), alone)[0], together[frame])
 
 
 def test_no_patches_give_no_patches() -> None:
-    assert frames_session(2).run(None, given(1, 0, 2, 16))[0].shape == (1, 0, 32)
+    assert answer(frames_session(2), given(1, 0, 2, 16)).shape == (1, 0, 32)
 
 
 @pytest.mark.parametrize(

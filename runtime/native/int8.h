@@ -11,6 +11,8 @@ typedef struct {
     const int32_t *sums;  /* [padded rows], of a row's codes: what a step of the zero point adds */
     const float *scales;  /* [rows] */
     const float *bias;    /* [rows], or NULL */
+    const float *gate;     /* like y, or NULL: y is multiplied with gate × sigmoid(gate) */
+    const float *residual; /* like y, or NULL: added to y at last */
     int64_t rows, columns;
     int quick_gelu;       /* y × sigmoid(1.702 y), else y itself */
     int affine;           /* codes of x between its extremes, else with 0 in their middle */

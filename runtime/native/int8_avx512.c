@@ -63,8 +63,9 @@ INLINE void multiply_tile(const int8_t *tile, const uint8_t *x, int64_t stride, 
         for (int half = 0; half < 2; half++) _mm512_store_si512(sums + i * OUTPUTS + half * 16, d[i][half]);
 }
 
-INLINE __m512 quick_gelu(__m512 x) {
-    const __m512 e = exp2_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.702f * 1.44269504f)));
+/* x × sigmoid(factor x) */
+INLINE __m512 swish(__m512 x, float factor) {
+    const __m512 e = exp2_ps(_mm512_mul_ps(x, _mm512_set1_ps(-factor * 1.44269504f)));
     return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1)));
 }
 
@@ -80,8 +81,11 @@ static void store_rows(const Int8Weight *w, const Int8Rows *x, float *y, int64_t
             const __m512i offset = _mm512_mullo_epi32(added, _mm512_set1_epi32(x->zeros[m]));
             const __m512i d = _mm512_sub_epi32(_mm512_load_si512(sums + (m - start) * OUTPUTS + half * 16), offset);
             __m512 out = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_mul_ps(scales, _mm512_set1_ps(x->scales[m])), bias);
-            if (w->quick_gelu) out = quick_gelu(out);
-            _mm512_mask_storeu_ps(y + m * w->rows + at, mask, out);
+            const int64_t to = m * w->rows + at;
+            if (w->quick_gelu) out = swish(out, 1.702f);
+            if (w->gate) out = _mm512_mul_ps(out, swish(_mm512_maskz_loadu_ps(mask, w->gate + to), 1));
+            if (w->residual) out = _mm512_add_ps(out, _mm512_maskz_loadu_ps(mask, w->residual + to));
+            _mm512_mask_storeu_ps(y + to, mask, out);
         }
     }
 }

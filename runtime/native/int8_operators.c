@@ -24,7 +24,8 @@ EXPORT const char *edgevl_int8_instructions(void) {
 }
 
 /* ------------------------------------------------------------------------------------------------------ MatMulInt8
- * A float [..., K], B int8 [K, N], scales float [N], bias float [N] or none; attributes K, N, quick_gelu and affine (0 or 1).
+ * A float [..., K], B int8 [K, N], scales float [N], bias float [N] or none, gate and residual of the output's shape or
+ * none (as in matmul_nbits.c); attributes K, N, quick_gelu and affine (0 or 1).
  */
 
 typedef struct {
@@ -65,6 +66,8 @@ static Status *multiply(void *kernel, KernelContext *context) {
     CHECK(input_data(api, context, 0, &call.x));
     CHECK(input_data(api, context, 2, &w->scales));
     CHECK(input_data(api, context, 3, &w->bias));
+    CHECK(like_output(api, context, 4, w->columns, w->rows, &w->gate));
+    CHECK(like_output(api, context, 5, w->columns, w->rows, &w->residual));
     CHECK(open_product(api, context, w->columns, w->rows, &rows, &call.y));
     if (rows == 0) return NULL;
     call.rounded.rows = rows, call.rounded.stride = up_to(w->columns, 64);
@@ -123,7 +126,7 @@ static void destroy_product(void *kernel) {
 }
 
 static const char *product_name(const CustomOp *op) { (void)op; return "MatMulInt8"; }
-static size_t product_inputs(const CustomOp *op) { (void)op; return 4; }
+static size_t product_inputs(const CustomOp *op) { (void)op; return 6; }
 static int product_type(const CustomOp *op, size_t i) { (void)op; return i == 1 ? ABI_INT8 : ABI_FLOAT; }
 static int product_kind(const CustomOp *op, size_t i) { (void)op; return i < 3 ? ABI_REQUIRED : ABI_OPTIONAL; }
 

@@ -2,14 +2,15 @@
  *
  * Inputs and attributes are those of com.microsoft.MatMulNBits: A float [..., K], B uint8 [N, blocks, block_size × bits
  * / 8], scales float [N, blocks], zero_points uint8 [N, ceil(blocks × bits / 8)] or none, g_idx, which must be absent,
- * bias float [N] or none. Weights are read where they are, out of the mapped file: nothing is repacked or copied.
+ * bias float [N] or none. Two more, each of the output's shape or none: gate, whose SiLU the output is multiplied with,
+ * and residual, which is added to it. Weights are read where they are, out of the mapped file: nothing is repacked or copied.
  */
 #include "nbits.h"
 #include "operator.h"
 
 enum {
     TASK_BYTES = 1 << 17, /* of weights, that one thread takes at a time: some 10 µs, so that none waits for long */
-    INPUTS = 6, G_IDX = 4, BIAS = 5,
+    G_IDX = 4, BIAS = 5, GATE = 6, RESIDUAL = 7, INPUTS = 8,
     TASK_OUTPUTS = 32,    /* a multiple of a tile's */
     ROWS_AT_A_TIME = 8,   /* to round */
 };
@@ -84,7 +85,7 @@ typedef struct {
     const Node *node;
     Weight weight;
     Activations rounded;
-    const float *x;
+    const float *x, *gate, *residual;
     float *y;
     int64_t outputs; /* of a task */
 } Call;
@@ -98,9 +99,13 @@ static void round_task(void *data, size_t i) {
 
 static void multiply_task(void *data, size_t i) {
     const Call *call = data;
-    const int64_t first = (int64_t)i * call->outputs, last = first + call->outputs;
-    call->node->kernels->multiply(&call->weight, &call->rounded, call->y, first,
-                                  last < call->weight.rows ? last : call->weight.rows);
+    const int64_t n = call->weight.rows, first = (int64_t)i * call->outputs;
+    const int64_t last = first + call->outputs < n ? first + call->outputs : n;
+    call->node->kernels->multiply(&call->weight, &call->rounded, call->y, first, last);
+    if (call->gate == NULL && call->residual == NULL) return;
+    for (int64_t at = first; at < call->rounded.rows * n; at += n)
+        call->node->kernels->gate_and_add(call->gate ? call->gate + at : NULL,
+                                          call->residual ? call->residual + at : NULL, call->y + at, last - first);
 }
 
 static Status *compute(void *kernel, KernelContext *context) {
@@ -118,6 +123,8 @@ static Status *compute(void *kernel, KernelContext *context) {
     CHECK(input_data(api, context, 3, &w->zeros));
     CHECK(input_data(api, context, G_IDX, &order));
     CHECK(input_data(api, context, BIAS, &w->bias));
+    CHECK(like_output(api, context, GATE, w->columns, w->rows, &call.gate));
+    CHECK(like_output(api, context, RESIDUAL, w->columns, w->rows, &call.residual));
     if (order != NULL)
         return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: takes no g_idx; reorder A's columns");
     CHECK(open_product(api, context, w->columns, w->rows, &rows, &call.y));

@@ -37,6 +37,8 @@ typedef struct {
     void (*round)(const Weight *w, const float *x, const Activations *to, int64_t first, int64_t last);
     /* Outputs [first, last), which are rows of the weight, of every row of x: y [x->rows, w->rows]. */
     void (*multiply)(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last);
+    /* y × gate × sigmoid(gate) + residual, over y; either may be NULL. */
+    void (*gate_and_add)(const float *gate, const float *residual, float *y, int64_t count);
 } Kernels;
 
 /* Compilers that know the instructions: Clang's arm_neon.h names the dot product of any target only since 16. */

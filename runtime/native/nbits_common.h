@@ -71,3 +71,30 @@ static inline void round_rows(const Weight *w, const float *x, const Activations
         for (int64_t chunk = 0; chunk < to->chunks; chunk++) round_chunk(w, from, to, row, chunk);
     }
 }
+
+/* x / (1 + e^-x), as a compiler can vectorise it. */
+INLINE float silu(float x) {
+    float power = -1.44269504f * x;
+    power = power < -126 ? -126 : power > 126 ? 126 : power;
+    const float whole = __builtin_rintf(power), f = power - whole;
+    float y = 1.5403530e-4f; /* the Taylor series of 2^f */
+    y = y * f + 1.3333558e-3f;
+    y = y * f + 9.6181291e-3f;
+    y = y * f + 5.5504109e-2f;
+    y = y * f + 2.4022651e-1f;
+    y = y * f + 6.9314718e-1f;
+    y = y * f + 1;
+    int32_t bits;
+    memcpy(&bits, &y, sizeof bits);
+    bits += (int32_t)whole * (1 << 23);
+    memcpy(&y, &bits, sizeof y);
+    return x / (1 + y);
+}
+
+static inline void gate_and_add(const float *restrict gate, const float *restrict residual, float *restrict y,
+                                int64_t count) {
+    if (gate != NULL)
+        for (int64_t i = 0; i < count; i++) y[i] *= silu(gate[i]);
+    if (residual != NULL)
+        for (int64_t i = 0; i < count; i++) y[i] += residual[i];
+}

@@ -97,7 +97,7 @@ static int supported(void) {
 #endif
 }
 
-const Kernels nbits_neon = {"neon-dotprod", supported, round_rows, multiply};
+const Kernels nbits_neon = {"neon-dotprod", supported, round_rows, multiply, gate_and_add};
 
 #ifdef PUSHED
 #pragma clang attribute pop

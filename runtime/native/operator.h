@@ -59,6 +59,23 @@ static inline Status *open_product(Api api, KernelContext *context, int64_t colu
     return output_data(api, context, dims, count, y);
 }
 
+/* An optional input that has as many numbers as the product's output. */
+static inline Status *like_output(Api api, const KernelContext *context, size_t index, int64_t columns, int64_t outputs,
+                                  const float **data) {
+    CHECK(input_data(api, context, index, data));
+    if (*data == NULL) return NULL;
+    int64_t sizes[2] = {1, 1};
+    for (int i = 0; i < 2; i++) {
+        int64_t dims[MOST_DIMENSIONS];
+        size_t count = 0;
+        CHECK(input_shape(api, context, i == 0 ? 0 : index, dims, &count));
+        for (size_t axis = 0; axis < count; axis++) sizes[i] *= dims[axis];
+    }
+    if (sizes[0] / columns * outputs != sizes[1])
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl: gate or residual is not of the output's shape");
+    return NULL;
+}
+
 static inline Status *parallel(Api api, KernelContext *context, void (*task)(void *, size_t), int64_t count, void *data) {
     return KernelContext_ParallelFor(api)(context, task, count, 0, data);
 }
