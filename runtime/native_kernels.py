@@ -12,9 +12,10 @@ import os
 from functools import cache
 from pathlib import Path
 
+from edgevl.runtime.bundle import NATIVE_DECODER, Bundle
 from edgevl.runtime.errors import EngineError, InputError
 
-__all__ = ["SWITCH", "kernel_instructions", "native_library"]
+__all__ = ["SWITCH", "describe_kernels", "kernel_instructions", "native_library", "uses_native_kernels"]
 
 SWITCH = "EDGEVL_KERNELS"  # environment: "off" leaves the kernels out
 _NAME = "_kernels*.so"
@@ -36,6 +37,30 @@ def native_library() -> Path:
 def kernel_instructions() -> str:
     """What the kernels are made of here, such as `avx512-vnni`. Raises EngineError as `native_library` does."""
     return _instructions(native_library())
+
+
+def describe_kernels() -> str:
+    """As `kernel_instructions`, or `none` and why; for people, and never an error."""
+    try:
+        path, reason = _find(os.environ.get(SWITCH, ""))
+    except InputError as e:
+        reason, path = str(e), None
+    return f"none: {reason}" if path is None else _instructions(path)
+
+
+def uses_native_kernels(bundle: Bundle) -> bool:
+    """Whether its decoder is the graph with our own products: the bundle has it, and this machine the kernels.
+
+    Raises:
+        InputError: as `native_library`, of a bundle that has the graph.
+    """
+    if NATIVE_DECODER not in bundle.graphs:
+        return False
+    try:
+        native_library()
+    except EngineError:
+        return False
+    return True
 
 
 @cache

@@ -16,7 +16,7 @@ from edgevl.runtime.engine import EngineLimits, GraphRunner, usable_cores
 from edgevl.runtime.errors import EngineError, InputError
 from edgevl.runtime.graph_spec import APPENDED, GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
-from edgevl.runtime.native_kernels import native_library
+from edgevl.runtime.native_kernels import kernel_instructions, native_library, uses_native_kernels
 from edgevl.runtime.trt_feeds import is_tensorrt_spec, store_appended, tensorrt_feeds
 
 __all__ = ["OrtEngine", "OrtGraph", "check_signature", "check_version"]
@@ -146,6 +146,7 @@ class OrtEngine:
         check_version(bundle)
         self._trace = trace
         self.threads = threads or usable_cores()
+        self.kernels = kernel_instructions() if uses_native_kernels(bundle) else ""  # our own, of the decoder
         # Repacking weights is most of the time of opening, and each session does it on one thread.
         roles = self._roles(bundle)
         with ThreadPoolExecutor(len(roles)) as pool:
@@ -158,7 +159,7 @@ class OrtEngine:
         return [role for role in bundle.graphs if role not in (OPENVINO_PREFILL, NATIVE_DECODER)]
 
     def _open(self, bundle: Bundle, role: str) -> GraphRunner:
-        operators = native_library() if role == "decoder" and uses_native_kernels(bundle) else None
+        operators = native_library() if role == "decoder" and self.kernels else None
         graph = bundle.graphs[role if operators is None else NATIVE_DECODER]
         trace = None if self._trace is None else self._trace / role
         return OrtGraph(bundle.path(graph.file), graph.spec, self.threads, role == "vision", trace, operators)
@@ -186,17 +187,6 @@ class OrtEngine:
     def close(self) -> None:
         """Free the sessions; the engine cannot run afterwards."""
         self._graphs.clear()
-
-
-def uses_native_kernels(bundle: Bundle) -> bool:
-    """Whether the decoder is the graph with our own products: the bundle has it, and this machine the kernels."""
-    if NATIVE_DECODER not in bundle.graphs:
-        return False
-    try:
-        native_library()
-    except EngineError:
-        return False
-    return True
 
 
 def release_weight_files(bundle: Bundle) -> None:
