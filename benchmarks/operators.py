@@ -24,12 +24,14 @@ from edgevl.runtime.ort_engine import OrtEngine, OrtGraph
 __all__ = ["Operator", "operator_shares", "operator_table", "read_trace"]
 
 _KERNEL = "_kernel_time"
+_OWN = ("MatMulNBits",)  # in a graph for our own kernels; a trace does not tell whose an operator is
 _BRANCHES = "If"  # its own time is that of the nodes in its branch, which the trace has too
 
 
 @dataclass(frozen=True)
 class Operator:
-    """Of one kind of node: calls and milliseconds per run of the graph, and the share of all nodes' time."""
+    """Of one kind of node: calls and milliseconds per run of the graph, and the share of all nodes' time. What our own
+    kernels do has a name such as `edgevl.MatMulNBits`."""
 
     name: str
     calls: float
@@ -37,8 +39,11 @@ class Operator:
     share: float
 
 
-def read_trace(path: Path, runs: int, skip: int = 0) -> list[Operator]:
+def read_trace(path: Path, runs: int, skip: int = 0, native: bool = False) -> list[Operator]:
     """Operators of a trace of ONNX Runtime, the costliest first, over its last `runs` runs after the first `skip`.
+
+    Args:
+        native: of a graph for our own kernels.
 
     Raises:
         InputError: fewer runs in the trace than that.
@@ -53,7 +58,8 @@ def read_trace(path: Path, runs: int, skip: int = 0) -> list[Operator]:
     for e in events:
         is_kernel = e.get("cat") == "Node" and e["name"].endswith(_KERNEL) and e["args"]["op_name"] != _BRANCHES
         if is_kernel and begun <= e["ts"] < stop:
-            spent[e["args"]["op_name"]].append(e["dur"] / 1e3)
+            name = e["args"]["op_name"]
+            spent[f"edgevl.{name}" if native and name in _OWN else name].append(e["dur"] / 1e3)
     total = sum(map(sum, spent.values()))
     found = [Operator(n, len(v) / runs, sum(v) / runs, sum(v) / total) for n, v in spent.items()]
     return sorted(found, key=lambda o: -o.ms)
@@ -78,18 +84,18 @@ def operator_shares(bundle: str, work: Workload, threads: int) -> dict[str, list
         graphs = {role: graph for role, graph in engine.graphs.items() if isinstance(graph, OrtGraph)}
         traces = {role: graph.end_trace() for role, graph in graphs.items()}
         chunks = -(-prompt // model.prefill_chunk)
-        steps = work.new_tokens - 1
+        steps, native = work.new_tokens - 1, bool(engine.kernels)
         found: dict[str, list[Operator]] = {}
         if work.pictures or work.frames:
             encoded = _runs(traces["vision"]) // 2
             found["vision"] = read_trace(traces["vision"], encoded, encoded)
         if "prefill" in traces:
             found["prefill"] = read_trace(traces["prefill"], chunks, chunks)
-            found["decode"] = read_trace(traces["decoder"], steps, steps) if steps else []
+            found["decode"] = read_trace(traces["decoder"], steps, steps, native) if steps else []
         else:
             once = chunks + steps
-            found["prefill"] = read_trace(traces["decoder"], chunks, once)
-            found["decode"] = read_trace(traces["decoder"], steps, once + chunks) if steps else []
+            found["prefill"] = read_trace(traces["decoder"], chunks, once, native)
+            found["decode"] = read_trace(traces["decoder"], steps, once + chunks, native) if steps else []
         model.close()
     return found
 

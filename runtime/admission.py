@@ -27,11 +27,12 @@ def _limit(memory_limit: int | str | None) -> int | None:
     return None if memory_limit is None or memory_limit == OFF else parse_size(memory_limit)
 
 
-def _room(limit: int | None) -> int | None:
-    """Bytes that the process may still take: up to its limit, else what the machine has left."""
+def _room(limit: int | None, in_file: int = 0) -> int | None:
+    """Bytes that the process may still take: up to its limit, else what the machine has left. `in_file` of them are for
+    weights that are pages of a file (see `Planner.in_file`)."""
     if limit is None:
-        return available_bytes()
-    used = resident_bytes()
+        return available_bytes(in_file)
+    used = resident_bytes(in_file)
     return None if used is None else max(0, limit - used)
 
 
@@ -110,7 +111,7 @@ class Admission:
         Raises:
             MemoryLimitError: they need more than there is; says which max_pixels would fit.
         """
-        room = _room(self._limit) if self._active else None
+        room = self._room()
         if room is None:
             return
         needed = self._planner.vision(grid) + self._planner.embeds(self._planner.image_tokens(grid))
@@ -124,6 +125,9 @@ class Admission:
             f"{what} (after the resize) needs {shown(needed)} to encode, "
             f"{shown(room)} are {_whose(self._limit)}; {advice}"
         )
+
+    def _room(self) -> int | None:
+        return _room(self._limit, self._planner.in_file) if self._active else None
 
     def _max_pixels(self, height: int, width: int, frames: int, room: int) -> int | None:
         """The largest limit whose picture, and a short question about it, fit."""
@@ -144,7 +148,7 @@ class Admission:
         Raises:
             MemoryLimitError: they need more than there is; says what would fit.
         """
-        room = _room(self._limit) if self._active else None
+        room = self._room()
         lengths = [len(p.ids) - cached for p in prompts]
         arena = max(self._planner.prefill(n) for n in lengths)
         if room is not None:

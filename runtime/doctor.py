@@ -11,6 +11,7 @@ from pathlib import Path
 from edgevl.runtime.engine import usable_cores
 from edgevl.runtime.gpu import current_gpu, driver_cuda_version
 from edgevl.runtime.jetson import jetson_facts
+from edgevl.runtime.native_kernels import describe_kernels
 
 __all__ = ["cpu_flags", "cpu_model", "machine", "peak_rss_bytes"]
 
@@ -70,6 +71,7 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": f"{cpu_model()}, {usable_cores()} of {os.cpu_count()} cores usable",
         "instruction sets": ", ".join(cpu_flags()) or "unknown",
+        "own kernels": describe_kernels(),
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"

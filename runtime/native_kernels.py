@@ -12,9 +12,18 @@ import os
 from functools import cache
 from pathlib import Path
 
+from edgevl.runtime.bundle import NATIVE_DECODER, NATIVE_ROLES, Bundle
 from edgevl.runtime.errors import EngineError, InputError
 
-__all__ = ["SWITCH", "has_int8_kernels", "kernel_instructions", "native_library"]
+__all__ = [
+    "SWITCH",
+    "describe_kernels",
+    "has_int8_kernels",
+    "kernel_instructions",
+    "native_library",
+    "native_role",
+    "uses_native_kernels",
+]
 
 SWITCH = "EDGEVL_KERNELS"  # environment: "off" leaves the kernels out
 _NAME = "_kernels*.so"
@@ -39,8 +48,40 @@ def kernel_instructions() -> str:
 
 
 def has_int8_kernels() -> bool:
-    """Whether the library has the vision encoder's operators for this processor, too. Raises as `native_library`."""
+    """Whether the library has products of int8 by int8 for this processor, too. Raises as `native_library`."""
     return bool(_instructions(native_library(), "edgevl_int8_instructions"))
+
+
+def describe_kernels() -> str:
+    """As `kernel_instructions`, or `none` and why; for people, and never an error."""
+    try:
+        path, reason = _find(os.environ.get(SWITCH, ""))
+    except InputError as e:
+        reason, path = str(e), None
+    return f"none: {reason}" if path is None else _instructions(path)
+
+
+def native_role(bundle: Bundle, role: str) -> str | None:
+    """The graph with our own operators that takes the place of `role` where this machine has the kernels.
+
+    Raises:
+        InputError: as `native_library`, of a bundle that has the graph.
+    """
+    native = NATIVE_ROLES.get(role)
+    if native not in bundle.graphs:
+        return None
+    try:
+        # Decoders of W8A8 layers have products of int8 by int8 too.
+        in_blocks = native == NATIVE_DECODER and bundle.graphs[role].precision != "int8"
+        usable = bool(native_library()) if in_blocks else has_int8_kernels()
+    except EngineError:
+        return None
+    return native if usable else None
+
+
+def uses_native_kernels(bundle: Bundle) -> bool:
+    """Whether its decoder is the graph with our own products, see `native_role`."""
+    return native_role(bundle, "decoder") is not None
 
 
 @cache

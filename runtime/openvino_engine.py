@@ -24,6 +24,7 @@ from edgevl.runtime.engine import GraphRunner, usable_cores
 from edgevl.runtime.errors import EngineError
 from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView
+from edgevl.runtime.native_kernels import native_role
 from edgevl.runtime.openvino_rewrite import (
     has_int8_tiles,
     join_transposes,
@@ -31,7 +32,7 @@ from edgevl.runtime.openvino_rewrite import (
     slow_bfloat16,
     without_row_scales,
 )
-from edgevl.runtime.ort_engine import OrtEngine, check_signature, native_role, release_weight_files
+from edgevl.runtime.ort_engine import OrtEngine, check_signature, release_weight_files
 from edgevl.runtime.trt_feeds import appended_mask, rows_of_images, store_appended
 
 __all__ = [

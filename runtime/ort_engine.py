@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from edgevl.runtime.bundle import NATIVE_DECODER, NATIVE_ROLES, Bundle
+from edgevl.runtime.bundle import NATIVE_ROLES, Bundle
 from edgevl.runtime.engine import EngineLimits, GraphRunner, usable_cores
 from edgevl.runtime.errors import EngineError, InputError
 from edgevl.runtime.graph_spec import APPENDED, GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
-from edgevl.runtime.native_kernels import has_int8_kernels, native_library
+from edgevl.runtime.native_kernels import kernel_instructions, native_library, native_role, uses_native_kernels
 from edgevl.runtime.trt_feeds import is_tensorrt_spec, store_appended, tensorrt_feeds
 
 __all__ = ["OrtEngine", "OrtGraph", "check_signature", "check_version"]
@@ -146,6 +146,7 @@ class OrtEngine:
         check_version(bundle)
         self._trace = trace
         self.threads = threads or usable_cores()
+        self.kernels = kernel_instructions() if uses_native_kernels(bundle) else ""  # our own, of the decoder
         # Repacking weights is most of the time of opening, and each session does it on one thread.
         roles = self._roles(bundle)
         with ThreadPoolExecutor(len(roles)) as pool:
@@ -187,26 +188,6 @@ class OrtEngine:
     def close(self) -> None:
         """Free the sessions; the engine cannot run afterwards."""
         self._graphs.clear()
-
-
-def native_role(bundle: Bundle, role: str) -> str | None:
-    """The graph with our own operators that is used in place of `role`: the bundle has one, and this machine the
-    kernels."""
-    native = NATIVE_ROLES.get(role)
-    if native not in bundle.graphs:
-        return None
-    try:
-        # Decoders of W8A8 layers have products of int8 by int8 too.
-        in_blocks = native == NATIVE_DECODER and bundle.graphs[role].precision != "int8"
-        usable = bool(native_library()) if in_blocks else has_int8_kernels()
-    except EngineError:
-        return None
-    return native if usable else None
-
-
-def uses_native_kernels(bundle: Bundle) -> bool:
-    """Whether the decoder is the graph with our own products."""
-    return native_role(bundle, "decoder") is not None
 
 
 def release_weight_files(bundle: Bundle) -> None:

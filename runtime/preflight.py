@@ -1,12 +1,13 @@
 """What a request will need in memory, before anything is loaded: from the bundle's shapes and file sizes.
 
-    peak = max(opening:    base + weights + pages of weight files still mapped,
+    peak = max(opening:    base + packed weights + pages that packing read,
                a picture:  base + weights + pixels + vision activations + what the decoder's arena kept,
                an answer:  base + weights + embeddings + prefill activations + KV cache)
 
-ONNX Runtime on a CPU only. Sizes follow from the shapes; the constants that had to be measured stand below, each with
-what it stands for and how it was found (benchmarks/memory.py compares predictions with measured peaks). The same
-numbers admit or refuse requests (`Admission`).
+Weights are packed copies, but for those that our own kernels multiply: they are pages of the mapped file, which the
+first request brings into memory. ONNX Runtime on a CPU only. Sizes follow from the shapes; the constants that had to be
+measured stand below, each with what it stands for and how it was found (benchmarks/memory.py compares predictions with
+measured peaks). The same numbers admit or refuse requests (`Admission`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.image_processing import VisionGrid
+from edgevl.runtime.native_kernels import native_role, uses_native_kernels
 
 __all__ = ["Plan", "Planner"]
 
@@ -62,7 +64,8 @@ class Plan:
     base: int  # interpreter, libraries, tokenizer
     tokenizer: int  # the part of base that is the tokenizer
     weights: int
-    mapped: int  # pages of weight files that stay resident until opening has ended
+    in_file: int  # the part of weights that is pages of the mapped file, read by the first request
+    mapped: int  # pages of weight files, read for packing, that stay resident until opening has ended
     pixels: int
     vision: int
     embeds: int
@@ -72,7 +75,7 @@ class Plan:
     @property
     def opening(self) -> int:
         """The tokenizer comes when the engine has opened and given the mapped pages back."""
-        return self.base + self.weights + max(0, self.mapped - self.tokenizer)
+        return self.base + self.weights - self.in_file + max(0, self.mapped - self.tokenizer)
 
     @property
     def picture(self) -> int:
@@ -94,13 +97,17 @@ class Plan:
 
 
 class Planner:
-    """Sizes of one bundle's parts; all results in bytes."""
+    """Sizes of one bundle's parts, as this machine runs it: with our own kernels or without; all results in bytes."""
 
     def __init__(self, bundle: Bundle, prefill_chunk: int = DEFAULT_PREFILL_CHUNK) -> None:
+        """Raises InputError where the environment's switch of the kernels says neither on nor off."""
         self.bundle, self._chunk = bundle, prefill_chunk
+        self._native = uses_native_kernels(bundle)
         self._text, self._vision = bundle.model.text, bundle.model.vision
         decoder = bundle.graphs["decoder"]
         self._quantized = decoder.precision not in ("fp32", "fp16")
+        # Graphs that pack what they have in blocks, the head at least.
+        self._packing = self._packs_prompts() + (not self._native)
         self._cache_item = np.dtype(decoder.spec.input(decoder.spec.cache[0][0]).dtype).itemsize
         self._vision_fp16 = bundle.graphs["vision"].precision == "fp16"
 
@@ -126,12 +133,11 @@ class Planner:
 
     @property
     def weights(self) -> int:
-        """What the sessions keep: every matrix once, repacked for the kernels. The embedding's rows are read from the
-        mapped file (a prompt touches few of them); where it is also the head, the head is a packed copy."""
-        sizes = {role: self._data_size(role) for role in ("vision", "decoder")}
-        if not self._text.tie_word_embeddings:
-            sizes["decoder"] -= self.table
-        if "prefill" in self.bundle.graphs:  # two graphs over one data file: each packs its own head
+        """What the sessions keep: every matrix once, repacked for the kernels, or in the mapped file where they are our
+        own. The embedding's rows are read from the mapped file (a prompt touches few of them); where it is also the
+        head, the head is a packed copy, or those same pages."""
+        sizes = {"vision": self._data_size("vision"), "decoder": self._decoder_size()}
+        if self._packs_prompts():  # two graphs over one data file: each has its own head
             sizes["decoder"] += self.table
         total = 0.0
         for role, size in sizes.items():
@@ -139,11 +145,34 @@ class Planner:
         return round(total) + self._block_sums()
 
     @property
+    def in_file(self) -> int:
+        """The part of `weights` that our own kernels read where it is mapped: all of the decoder but W8A8 layers, its
+        own or those of a graph for prompts beside it."""
+        if not self._native:
+            return 0
+        graphs = self.bundle.graphs
+        has_w8a8 = graphs["decoder"].precision == "int8" or "prefill" in graphs
+        return self._decoder_size() - (self._layer_numbers() if has_w8a8 else 0)
+
+    @property
     def mapped(self) -> int:
         """The embedding is mapped and, where it is also the head, read for packing; the pages are given back when
-        all sessions are open. One per decoder graph."""
+        all sessions are open. One per decoder graph that packs."""
         widened = FP16_WIDENED if self.bundle.graphs["decoder"].precision == "fp16" else 1
-        return round(self.table * widened) * (2 if "prefill" in self.bundle.graphs else 1)
+        return round(self.table * widened) * self._packing
+
+    def _packs_prompts(self) -> bool:
+        """Whether there is a graph for prompts, without our own kernels."""
+        return "prefill" in self.bundle.graphs and native_role(self.bundle, "prefill") is None
+
+    def _decoder_size(self) -> int:
+        """The file of the decoder's weights, without an embedding that is not the head."""
+        return self._data_size("decoder") - (0 if self._text.tie_word_embeddings else self.table)
+
+    def _layer_numbers(self) -> int:
+        t = self._text
+        attention = t.hidden_size * t.head_dim * 2 * (t.num_attention_heads + t.num_key_value_heads)
+        return t.num_hidden_layers * (attention + 3 * t.hidden_size * t.intermediate_size)
 
     def _data_size(self, role: str) -> int:
         stem = self.bundle.graphs[role].file.removesuffix(".onnx")
@@ -152,13 +181,10 @@ class Planner:
     def _block_sums(self) -> int:
         if not self._quantized:
             return 0
-        t, block = self._text, self.bundle.options.get("block_size") or _QUANTIZED_BLOCK
-        heads = 1 + ("prefill" in self.bundle.graphs)
-        blocks = heads * t.vocab_size * t.hidden_size / block
-        if self.bundle.graphs["decoder"].precision != "int8":  # W8A8 layers have no blocks
-            attention = t.hidden_size * t.head_dim * 2 * (t.num_attention_heads + t.num_key_value_heads)
-            blocks += t.num_hidden_layers * (attention + 3 * t.hidden_size * t.intermediate_size) / block
-        return round(blocks * BLOCK_SUM_BYTES)
+        numbers = self._packing * self._text.vocab_size * self._text.hidden_size
+        if not self._native and self.bundle.graphs["decoder"].precision != "int8":  # W8A8 layers have no blocks
+            numbers += self._layer_numbers()
+        return round(numbers / (self.bundle.options.get("block_size") or _QUANTIZED_BLOCK) * BLOCK_SUM_BYTES)
 
     # ------------------------------------------------------------------ what a request adds
 
@@ -213,6 +239,7 @@ class Planner:
             base=self.base,
             tokenizer=self.tokenizer,
             weights=self.weights,
+            in_file=self.in_file,
             mapped=self.mapped,
             pixels=self._host_pixels(grids, batch),
             vision=max((self.vision(g) for g in grids), default=0),

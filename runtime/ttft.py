@@ -60,7 +60,9 @@ def machine_of(engine: Engine) -> Machine:
             break
         except importlib.metadata.PackageNotFoundError:
             continue
-    return Machine(cpu_model(), engine.name, int(getattr(engine, "threads", 0)), version)
+    kernels = getattr(engine, "kernels", "")
+    name = f"{engine.name}, own kernels ({kernels})" if kernels else engine.name
+    return Machine(cpu_model(), name, int(getattr(engine, "threads", 0)), version)
 
 
 def choose_pixels(

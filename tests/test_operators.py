@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from conftest import Pair
+from native_oracle import usable_library
 from test_cli import edgevl
 
 from edgevl.benchmarks.operators import operator_shares, read_trace
 from edgevl.benchmarks.workloads import Workload
 from edgevl.runtime.errors import InputError
+from edgevl.runtime.native_kernels import SWITCH
 
 
 def trace(path: Path, *runs: list[tuple[str, int]]) -> Path:
@@ -40,10 +42,16 @@ def test_only_the_runs_that_are_asked_for_count(tmp_path: Path) -> None:
         read_trace(path, 2, skip=2)
 
 
+@pytest.mark.parametrize("kernels", ["on", "off"])
 @pytest.mark.parametrize("precision", ["int4", "hybrid"])
-def test_calls_are_those_of_the_graphs(tiny: Pair, tmp_path: Path, precision: str) -> None:
+def test_calls_are_those_of_the_graphs(
+    tiny: Pair, tmp_path: Path, precision: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from edgevl.export.exporter import ExportOptions, export_bundle
 
+    if kernels == "on":
+        usable_library()
+    monkeypatch.setenv(SWITCH, kernels)
     export_bundle(tiny.checkpoint, tmp_path / "b", ExportOptions(precision=precision))
     stages = operator_shares(str(tmp_path / "b"), Workload("w", 84, 56, pictures=2, new_tokens=3), 1)
     calls = {stage: {o.name: o.calls for o in found} for stage, found in stages.items()}
@@ -57,8 +65,13 @@ def test_calls_are_those_of_the_graphs(tiny: Pair, tmp_path: Path, precision: st
     for stage in ("prefill", "decode"):
         assert "If" not in calls[stage] and sum(o.share for o in stages[stage]) == pytest.approx(1)
     # qkv, o, gate, up, down of every layer, and the head
-    assert calls["decode"]["MatMulNBits"] == 5 * text.num_hidden_layers + 1
-    assert calls["prefill"]["MatMulNBits"] == (calls["decode"]["MatMulNBits"] if precision == "int4" else 1)
+    products = "edgevl.MatMulNBits" if kernels == "on" else "MatMulNBits"
+    assert calls["decode"][products] == 5 * text.num_hidden_layers + 1
+    assert sum("MatMulNBits" in name for name in calls["decode"]) == 1
+    if precision == "int4":
+        assert calls["prefill"][products] == calls["decode"][products]
+    else:  # ONNX Runtime's own, whatever the decoder's is
+        assert calls["prefill"]["MatMulNBits"] == 1 and "edgevl.MatMulNBits" not in calls["prefill"]
 
 
 def test_the_command_prints_a_table_and_refuses_what_it_cannot_trace(tiny: Pair) -> None:

@@ -13,18 +13,21 @@ import numpy as np
 import onnx
 import pytest
 from checkpoints import DEMO, random_model, save_checkpoint
+from conftest import MakePair
+from native_oracle import usable_library
 from PIL import Image
 
 from edgevl.benchmarks.memory import Case, measure, predict
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.runtime import admission, cli
 from edgevl.runtime.admission import Admission, check_opening
-from edgevl.runtime.bundle import OPENVINO_PREFILL, Bundle
+from edgevl.runtime.bundle import NATIVE_DECODER, OPENVINO_PREFILL, Bundle
 from edgevl.runtime.errors import CapacityError, EngineError, InputError
 from edgevl.runtime.generation import VisionLanguageModel
 from edgevl.runtime.image_processing import VisionGrid
 from edgevl.runtime.kv_cache import KVCache
 from edgevl.runtime.memory import available_bytes, parse_size, resident_bytes, shown
+from edgevl.runtime.native_kernels import SWITCH
 from edgevl.runtime.preflight import Planner, largest_that_fits, picture_of
 
 MB = 1_000_000
@@ -33,11 +36,20 @@ MB = 1_000_000
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("preflight")
-    for precision in ("fp32", "int4", "hybrid"):
+    for precision in ("fp32", "int4", "hybrid", "int8"):
         export_bundle(DEMO, root / precision, ExportOptions(precision=precision))
     untied = save_checkpoint(random_model(tie_word_embeddings=False), root / "checkpoint")
     export_bundle(untied, root / "untied", ExportOptions(precision="int4", block_size=32))
-    return {name: root / name for name in ("fp32", "int4", "hybrid", "untied")}
+    return {name: root / name for name in ("fp32", "int4", "hybrid", "int8", "untied")}
+
+
+@pytest.fixture(params=["on", "off"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With our own kernels, where they can be used, and without."""
+    if request.param == "on":
+        usable_library()
+    monkeypatch.setenv(SWITCH, request.param)
+    return request.param == "on"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +77,18 @@ def test_peaks_are_predicted_within_15_percent(bundles: dict[str, Path]) -> None
     assert added[0] > 40 * MB and abs(added[1] / added[0] - 1) < 0.25
 
 
+def test_weights_are_counted_as_the_kernels_read_them(make_pair: MakePair, kernels: bool) -> None:
+    """Packed as the bundle opens, or pages of its file that the first answer brings in; either way once."""
+    pair = make_pair("int4", hidden_size=512, intermediate_size=6144, num_hidden_layers=8)
+    case = Case(112, 112, 1, 40, 4, 1)
+    measured = measure(str(pair.bundle), case)
+    plan = predict(Bundle.open(pair.bundle), case, measured)
+    assert (plan.in_file > 0.9 * plan.weights > 36 * MB) == kernels
+    assert abs(plan.opening / measured.opening - 1) < 0.15
+    assert abs(max(plan.picture, plan.answer) / measured.answering - 1) < 0.15
+    assert (measured.answering - measured.opening > 0.9 * plan.weights) == kernels
+
+
 # --------------------------------------------------------------------------------------- against the graphs' tensors
 
 
@@ -80,29 +104,40 @@ def tensors(path: Path) -> dict[str, int]:
     return sizes
 
 
-@pytest.mark.parametrize("name", ["fp32", "int4", "hybrid", "untied"])
-def test_the_table_and_the_weights_are_the_graphs_own(bundles: dict[str, Path], name: str) -> None:
+def opened_files(bundle: Bundle, kernels: bool) -> dict[str, Path]:
+    """The graphs that ONNX Runtime opens, by role."""
+    files = {role: bundle.path(graph.file) for role, graph in bundle.graphs.items() if role != OPENVINO_PREFILL}
+    native = files.pop(NATIVE_DECODER, files["decoder"])
+    return files | {"decoder": native} if kernels else files
+
+
+@pytest.mark.parametrize("name", ["fp32", "int4", "hybrid", "int8", "untied"])
+def test_the_table_and_the_weights_are_the_graphs_own(bundles: dict[str, Path], name: str, kernels: bool) -> None:
     bundle = Bundle.open(bundles[name])
     planner = Planner(bundle)
-    opened = {role: g for role, g in bundle.graphs.items() if role != OPENVINO_PREFILL}  # what ONNX Runtime opens
-    graphs = {role: tensors(bundle.path(g.file)) for role, g in opened.items()}
+    graphs = {role: tensors(path) for role, path in opened_files(bundle, kernels).items()}
     table = sum(size for n, size in graphs["decoder"].items() if "embed_tokens" in n)
     assert planner.table == pytest.approx(table, rel=0.02)
     kept = sum(sum(sizes.values()) for sizes in graphs.values())
+    in_file = sum(size for n, size in graphs["decoder"].items() if not n.endswith(".weight.int8"))
     if name == "untied":
-        kept -= table  # the embedding is read from the file
+        kept, in_file = kept - table, in_file - table  # the embedding's rows are few
     assert planner.weights == pytest.approx(kept + planner._block_sums(), rel=0.03, abs=60_000)
+    # W8A8 layers' scales, 0.1 % of a full-size model, are counted with what is in the file.
+    assert planner.in_file == pytest.approx(in_file * (kernels and name != "fp32"), rel=0.03, abs=70_000)
 
 
-@pytest.mark.parametrize("name", ["int4", "untied"])
-def test_block_sums_are_counted_layer_by_layer(bundles: dict[str, Path], name: str) -> None:
-    """MatMulNBits' own attributes are the oracle: N × K / block sums of four bytes."""
+@pytest.mark.parametrize("name", ["int4", "hybrid", "int8", "untied"])
+def test_block_sums_are_counted_layer_by_layer(bundles: dict[str, Path], name: str, kernels: bool) -> None:
+    """MatMulNBits' own attributes are the oracle: N × K / block sums of four bytes; our own has none."""
     bundle = Bundle.open(bundles[name])
     sums = 0
-    for node in onnx.load(str(bundle.path(bundle.graphs["decoder"].file)), load_external_data=False).graph.node:
-        if node.op_type == "MatMulNBits":
-            a = {x.name: x.i for x in node.attribute}
-            sums += a["N"] * -(-a["K"] // a["block_size"]) * 4
+    for path in opened_files(bundle, kernels).values():
+        for node in onnx.load(str(path), load_external_data=False).graph.node:
+            if (node.domain, node.op_type) == ("com.microsoft", "MatMulNBits"):
+                a = {x.name: x.i for x in node.attribute}
+                sums += a["N"] * -(-a["K"] // a["block_size"]) * 4
+    assert (sums == 0) == (kernels and name != "hybrid")
     assert Planner(bundle)._block_sums() == pytest.approx(sums, rel=0.02)
 
 
@@ -141,9 +176,10 @@ def test_a_video_goes_through_the_encoder_in_groups(demo: VisionLanguageModel) -
     assert all_ == more == 4 * one  # 16,384 patches at once
 
 
-def test_hybrid_packs_two_heads(bundles: dict[str, Path]) -> None:
-    hybrid = Planner(Bundle.open(bundles["hybrid"]))
-    assert hybrid.mapped == 2 * hybrid.table
+def test_a_head_is_packed_for_every_graph_but_our_own(bundles: dict[str, Path], kernels: bool) -> None:
+    for name, packed in (("hybrid", 2 - kernels), ("int4", 1 - kernels), ("fp32", 1)):
+        planner = Planner(Bundle.open(bundles[name]))
+        assert planner.mapped == packed * planner.table, name
 
 
 # --------------------------------------------------------------------------------------- helpers
@@ -199,28 +235,45 @@ def write(path: Path, text: str) -> None:
 
 
 def test_available_memory_is_the_tightest_of_machine_and_groups(tmp_path: Path) -> None:
-    assert available_bytes(tmp_path) is None  # not Linux
+    assert available_bytes(root=tmp_path) is None  # not Linux
     write(tmp_path / "proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    5000 kB\nSwapFree: 100 kB\n")
-    assert available_bytes(tmp_path) == 5100 * 1024
+    assert available_bytes(root=tmp_path) == 5100 * 1024
     write(tmp_path / "proc/self/cgroup", "0::/a/b\n")
     write(tmp_path / "sys/fs/cgroup/a/b/memory.max", "max\n")
     write(tmp_path / "sys/fs/cgroup/a/b/memory.current", "1\n")
-    assert available_bytes(tmp_path) == 5100 * 1024
+    assert available_bytes(root=tmp_path) == 5100 * 1024
     write(tmp_path / "sys/fs/cgroup/a/memory.max", "1000000\n")
     write(tmp_path / "sys/fs/cgroup/a/memory.current", "900000\n")
-    assert available_bytes(tmp_path) == 100_000
+    assert available_bytes(root=tmp_path) == 100_000
     write(tmp_path / "sys/fs/cgroup/a/memory.stat", "anon 5\ninactive_file 50000\n")
-    assert available_bytes(tmp_path) == 150_000
+    assert available_bytes(root=tmp_path) == 150_000
     write(tmp_path / "sys/fs/cgroup/a/memory.current", "9900000\n")
-    assert available_bytes(tmp_path) == 0
+    assert available_bytes(root=tmp_path) == 0
     write(tmp_path / "proc/self/cgroup", "5:memory:/x\n4:cpu:/\n")
     write(tmp_path / "sys/fs/cgroup/memory/memory.limit_in_bytes", str(2**63 - 4096))
     write(tmp_path / "sys/fs/cgroup/memory/memory.usage_in_bytes", "7")
-    assert available_bytes(tmp_path) == 5100 * 1024
+    assert available_bytes(root=tmp_path) == 5100 * 1024
     write(tmp_path / "sys/fs/cgroup/memory/x/memory.limit_in_bytes", "3000")
     write(tmp_path / "sys/fs/cgroup/memory/x/memory.usage_in_bytes", "2000")
     write(tmp_path / "sys/fs/cgroup/memory/x/memory.stat", "total_inactive_file 500\n")
-    assert available_bytes(tmp_path) == 1500
+    assert available_bytes(root=tmp_path) == 1500
+
+
+def test_mapped_files_that_are_needed_are_not_left(tmp_path: Path) -> None:
+    """To the kernel they are page cache: available, unless they are active pages of a memory group."""
+    write(tmp_path / "proc/meminfo", "MemAvailable: 5000 kB\n")
+    assert available_bytes(1000 * 1024, tmp_path) == 4000 * 1024
+    assert available_bytes(9000 * 1024, tmp_path) == 0
+    write(tmp_path / "proc/self/cgroup", "0::/a\n")
+    write(tmp_path / "sys/fs/cgroup/a/memory.max", "1000000\n")
+    write(tmp_path / "sys/fs/cgroup/a/memory.current", "900000\n")
+    write(tmp_path / "sys/fs/cgroup/a/memory.stat", "inactive_file 400000\nactive_file 200000\n")
+    for in_file, left in ((0, 500_000), (200_000, 500_000), (300_000, 400_000), (900_000, 0)):
+        assert available_bytes(in_file, tmp_path) == left, in_file
+    assert resident_bytes(root=tmp_path) is None
+    write(tmp_path / "proc/self/statm", "90 50 20 1 0 30 0\n")
+    for in_file, pages in ((0, 50), (20, 50), (30, 60)):
+        assert resident_bytes(in_file * 4096, tmp_path) == pages * 4096
 
 
 def test_this_machine_tells() -> None:
@@ -241,7 +294,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets what the machine has left."""
 
     def set_room(size: int | None) -> None:
-        monkeypatch.setattr(admission, "available_bytes", lambda: size)
+        monkeypatch.setattr(admission, "available_bytes", lambda in_file: size)
 
     return set_room
 
@@ -300,7 +353,7 @@ def test_nothing_is_refused_where_it_is_off_or_unknown(bundles: dict[str, Path],
 def test_a_limit_counts_what_the_process_has(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(bundles["fp32"])
     weights = Planner(bundle).weights
-    monkeypatch.setattr(admission, "resident_bytes", lambda: 100 * MB)
+    monkeypatch.setattr(admission, "resident_bytes", lambda in_file: 100 * MB)
     check_opening(bundle, 100 * MB + weights)
     with pytest.raises(CapacityError, match=r"its weights need 2\d MB .* left of the memory limit of 1\d\d MB; export"):
         check_opening(bundle, 100 * MB + weights - 1)
@@ -312,6 +365,24 @@ def test_opening_is_refused_where_the_weights_do_not_fit(bundles: dict[str, Path
     room(5 * MB)
     with pytest.raises(CapacityError, match=r"its weights need .* 5 MB are available here"):
         VisionLanguageModel.open(bundles["fp32"], "ort-cpu")
+
+
+def test_weights_in_a_file_are_not_given_to_requests(
+    bundles: dict[str, Path], kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come into memory with the first request; opening asks for all weights, wherever they are."""
+    asked: list[int] = []
+    monkeypatch.setattr(admission, "available_bytes", lambda in_file: asked.append(in_file))
+    with VisionLanguageModel.open(bundles["int4"], "ort-cpu", threads=1) as model:
+        assert asked == [0]
+        assert model.generate(ask(112, 112), max_new_tokens=2).finish_reason
+        in_file = Planner(model.bundle).in_file
+    assert set(asked[1:]) == {in_file} and (in_file > MB) == kernels
+    used: list[int] = []
+    monkeypatch.setattr(admission, "resident_bytes", lambda in_file: used.append(in_file) or 100 * MB)
+    with VisionLanguageModel.open(bundles["int4"], "ort-cpu", threads=1, memory_limit="4GB") as model:
+        model.generate(ask(112, 112), max_new_tokens=2)
+    assert used[0] == 0 and set(used[1:]) == {in_file}
 
 
 def test_a_limit_on_another_engine_is_refused_and_no_limit_checks_nothing(demo: VisionLanguageModel, room: Any) -> None:

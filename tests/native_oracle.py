@@ -1,0 +1,164 @@
+"""A slow, obvious oracle of products with weights in blocks, and the library's own through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgevl.runtime import native_kernels
+from edgevl.runtime.errors import EngineError
+from edgevl.runtime.native_kernels import native_library
+
+KERNELS = ("avx512-vnni", "avx-vnni", "avx2", "neon-dotprod")
+EPSILON = 2.0**-24  # half a unit in the last place of float32, relative
+SMALLEST_SCALE = 1e-30  # of activations: below, a block counts as zeros (runtime/native/nbits.h)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """W [N, K] = (code - zero) × scale. What stands behind column K in the last block must not matter."""
+
+    bits: int
+    columns: int
+    codes: np.ndarray  # uint8 [N, blocks, block]
+    scales: np.ndarray  # float32 [N, blocks]
+    zeros: np.ndarray | None = None  # uint8 [N, blocks]
+    bias: np.ndarray | None = None  # float32 [N]
+
+    @property
+    def block(self) -> int:
+        return self.codes.shape[2]
+
+    @property
+    def blocks(self) -> int:
+        return self.codes.shape[1]
+
+    def zero(self, n: int, b: int) -> int:
+        return 2 ** (self.bits - 1) if self.zeros is None else int(self.zeros[n, b])
+
+    def packed_codes(self) -> np.ndarray:
+        """uint8 [N, blocks, block × bits / 8]: of two codes in a byte the low bits come first."""
+        return self.codes.copy() if self.bits == 8 else self.codes[..., 0::2] | self.codes[..., 1::2] << 4
+
+    def packed_zeros(self) -> np.ndarray | None:
+        """uint8 [N, ceil(blocks × bits / 8)]; in a half byte behind the last block stands anything."""
+        if self.zeros is None or self.bits == 8:
+            return self.zeros
+        padded = np.pad(self.zeros, ((0, 0), (0, self.blocks % 2)), constant_values=11)
+        return padded[:, 0::2] | padded[:, 1::2] << 4
+
+
+def random_weights(
+    bits: int,
+    block: int,
+    rows: int,
+    columns: int,
+    *,
+    zeros: bool,
+    bias: bool,
+    scales: Callable[[np.random.Generator, tuple[int, int]], np.ndarray] | None = None,
+) -> Weights:
+    rng, blocks = np.random.default_rng([bits, block, rows, columns]), -(-columns // block)
+    size = (rows, blocks)
+    return Weights(
+        bits,
+        columns,
+        rng.integers(0, 2**bits, (*size, block), dtype=np.uint8),
+        (rng.uniform(0.002, 0.02, size) if scales is None else scales(rng, size)).astype(np.float32),
+        rng.integers(0, 2**bits, size, dtype=np.uint8) if zeros else None,
+        rng.normal(size=rows).astype(np.float32) if bias else None,
+    )
+
+
+def round_block(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [M, k] -> int64 codes [M, k] and float32 scales [M]: the largest magnitude is 127, ties go to even."""
+    scales = np.abs(x).max(1) / np.float32(127)
+    inverses = np.array([np.float32(1) / s if s > SMALLEST_SCALE else np.float32(0) for s in scales], np.float32)
+    return np.rint(x * inverses[:, None]).astype(np.int64), scales
+
+
+def product(w: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x [M, K] Wᵀ + bias in float64 [M, N], block by block and output by output, and what float32 may be off by.
+
+    A kernel multiplies codes as they are stored and takes the zero points away afterwards, so that rounding is relative
+    to those two sums: 3 √n units for n additions (Higham and Mary, "A new approach to probabilistic rounding error
+    analysis", SIAM J. Sci. Comput. 41(5), 2019), in whatever order.
+    """
+    y, magnitude = np.zeros((len(x), len(w.codes))), np.zeros((len(x), len(w.codes)))
+    for b in range(w.blocks):
+        start, stop = b * w.block, min((b + 1) * w.block, w.columns)
+        codes, scales = round_block(x[:, start:stop])
+        for n in range(len(w.codes)):
+            stored, zero = w.codes[n, b, : stop - start].astype(np.int64), w.zero(n, b)
+            factor = scales.astype(np.float64) * float(w.scales[n, b])
+            y[:, n] += factor * (codes @ (stored - zero))
+            magnitude[:, n] += factor * (np.abs(codes) @ stored + zero * np.abs(codes.sum(1)))
+    if w.bias is not None:
+        y, magnitude = y + w.bias, magnitude + np.abs(w.bias)
+    additions = w.blocks + 2 * -(-w.columns // 128) + 10
+    return y, 3 * additions**0.5 * EPSILON * magnitude
+
+
+class _Weight(ctypes.Structure):
+    """Of runtime/native/nbits.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "blocks")),
+        *((name, ctypes.c_int) for name in ("bits", "block")),
+    )
+
+
+def library_path() -> Path:
+    """Skips the test where no library was built."""
+    found = sorted(Path(native_kernels.__file__).parent.glob(native_kernels._NAME))
+    if not found:
+        pytest.skip("edgevl's own kernels were not built on this machine (no C compiler as edgevl was installed)")
+    return found[0]
+
+
+def usable_library() -> Path:
+    """The library that sessions are given; skips the test where there is none that can be used."""
+    library_path()
+    try:
+        return native_library()
+    except EngineError as e:
+        pytest.skip(str(e))
+
+
+def as_it_is(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def multiply(name: str, w: Weights, x: np.ndarray, place: Callable[[np.ndarray], np.ndarray] = as_it_is) -> np.ndarray:
+    """float32 [M, N] by the kernels `name`; skips the test where this processor has not their instructions."""
+    found = try_to_multiply(name, w, x, place)
+    if found is None:
+        pytest.skip(f"this processor has no {name}, or the library was built for another kind of processor")
+    return found
+
+
+def try_to_multiply(
+    name: str, w: Weights, x: np.ndarray, place: Callable[[np.ndarray], np.ndarray] = as_it_is
+) -> np.ndarray | None:
+    """As `multiply`; None where this processor has no kernels `name`.
+
+    Args:
+        place: where each array of the call is put in memory.
+    """
+    given = [w.packed_codes(), w.scales, w.packed_zeros(), w.bias]
+    arrays = [None if a is None else place(np.ascontiguousarray(a)) for a in given]
+    pointers = [None if a is None else a.ctypes.data for a in arrays]
+    weight = _Weight(*pointers, len(w.codes), w.columns, w.blocks, w.bits, w.block)
+    rows = place(np.ascontiguousarray(x, np.float32))
+    y = place(np.full((len(x), len(w.codes)), np.nan, np.float32))
+    function = ctypes.CDLL(str(library_path())).edgevl_multiply
+    function.argtypes = (ctypes.c_char_p, *[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p)
+    if function(name.encode(), ctypes.byref(weight), rows.ctypes.data, len(x), y.ctypes.data):
+        return None
+    return y.copy()

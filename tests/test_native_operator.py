@@ -1,0 +1,259 @@
+"""edgevl.MatMulNBits through ONNX Runtime, beside com.microsoft's; its refusals; and the library that has it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import MakePair
+from native_oracle import Weights, product, random_weights, usable_library
+from onnx import TensorProto, helper, numpy_helper
+
+from edgevl.runtime import cli, native_kernels
+from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.engine import engine_status, open_engine
+from edgevl.runtime.errors import EngineError, InputError
+from edgevl.runtime.native_kernels import SWITCH, kernel_instructions, native_library
+from edgevl.runtime.ttft import machine_of
+
+OURS, THEIRS = "edgevl", "com.microsoft"
+
+
+def model(domain: str, w: Weights, *, axis: int | str | None = None, g_idx: bool = False, **attributes: int) -> bytes:
+    """y = MatMulNBits(x) with one of its formats, K of x being `axis`."""
+    initializers = {"codes": w.packed_codes(), "scales": w.scales, "zeros": w.packed_zeros()}
+    initializers |= {"order": np.arange(w.columns, dtype=np.int32) // w.block if g_idx else None, "bias": w.bias}
+    names = ["x", *(name if array is not None else "" for name, array in initializers.items())]
+    said: dict[str, Any] = {"N": len(w.codes), "K": w.columns, "bits": w.bits, "block_size": w.block}
+    said |= {"accuracy_level": 4, **attributes}
+    node = helper.make_node("MatMulNBits", names, ["y"], domain=domain, **said)
+    shape = ["batch", "sequence", w.columns if axis is None else axis]
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "sequence", "outputs"])],
+        [numpy_helper.from_array(np.ascontiguousarray(a), n) for n, a in initializers.items() if a is not None],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return usable_library()
+
+
+def run(content: bytes, x: np.ndarray, library: Path, threads: int = 1) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.register_custom_ops_library(str(library))
+    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [32, 64, 128, 256])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "zero points and bias"])
+def test_it_is_onnx_runtimes_own(library: Path, bits: int, block: int, extras: bool) -> None:
+    """The same codes of x, summed in another order; one task and several, of which the last is short."""
+    for n, k in ((70, 97), (150, 4096)):
+        w = random_weights(bits, block, n, k, zeros=extras, bias=extras)
+        for shape in ((1, 1), (2, 3), (1, 29)):
+            x = np.random.default_rng(shape).normal(size=(*shape, k)).astype(np.float32)
+            expected, off = product(w, x.reshape(-1, k))
+            found = [run(model(OURS, w), x, library, threads) for threads in (1, 2)]
+            assert found[0].shape == (*shape, n)
+            np.testing.assert_array_equal(found[0], found[1])
+            for y in (found[0], run(model(THEIRS, w), x, library)):
+                assert (np.abs(y.reshape(-1, n) - expected) <= off).all(), (n, k, shape)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_no_rows_are_no_outputs(library: Path, shape: tuple[int, int]) -> None:
+    w = random_weights(4, 32, 40, 64, zeros=False, bias=True)
+    for threads in (1, 2):
+        assert run(model(OURS, w), np.zeros((*shape, 64), np.float32), library, threads).shape == (*shape, 40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 3}, "expected bits 4 or 8"),
+        ({"block_size": 48}, "a block_size of 32, 64 or a multiple of 128"),
+        ({"block_size": 16}, "a block_size of 32, 64 or a multiple of 128"),
+        ({"block_size": 0}, "a block_size of 32, 64 or a multiple of 128"),
+        ({"block_size": -128}, "a block_size of 32, 64 or a multiple of 128"),
+        ({"N": 0}, "N and K of at least 1"),
+        ({"K": 0}, "N and K of at least 1"),
+        ({"axis": "width"}, "the last axis of A is not K"),
+        ({"g_idx": True}, "takes no g_idx; reorder A's columns"),
+    ],
+)
+def test_what_it_refuses(library: Path, changes: dict[str, Any], message: str) -> None:
+    w = random_weights(4, 32, 40, 96, zeros=False, bias=False)
+    width = 64 if "axis" in changes else 96
+    with pytest.raises(Exception, match=f"edgevl.MatMulNBits: .*{message}"):  # onnxruntime's own class
+        run(model(OURS, w, **changes), np.zeros((1, 2, width), np.float32), library)
+
+
+def test_an_attribute_that_is_absent(library: Path) -> None:
+    content = onnx.load_from_string(model(OURS, random_weights(4, 32, 40, 96, zeros=False, bias=False)))
+    attributes = content.graph.node[0].attribute
+    attributes.remove(next(a for a in attributes if a.name == "bits"))
+    with pytest.raises(Exception, match="bits"):
+        run(content.SerializeToString(), np.zeros((1, 2, 96), np.float32), library)
+
+
+def test_sessions_share_the_domain(library: Path) -> None:
+    """Registered again and again, and used after another session has gone."""
+    w = random_weights(4, 32, 40, 96, zeros=False, bias=False)
+    x = np.ones((1, 2, 96), np.float32)
+    first = run(model(OURS, w), x, library)
+    for _ in range(3):
+        np.testing.assert_array_equal(run(model(OURS, w), x, library), first)
+
+
+# --------------------------------------------------------------------------------------- whether there is a library
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the library is looked for, empty."""
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(native_kernels, "__file__", str(tmp_path / "native_kernels.py"))
+    native_kernels._find.cache_clear()
+    yield tmp_path
+    native_kernels._find.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def bundle(make_pair: MakePair) -> Bundle:
+    return Bundle.open(make_pair("int4").bundle)
+
+
+def said(bundle: Bundle | None, engine: str = "ort-cpu") -> str:
+    status = next(s for s in engine_status(bundle) if s.name == engine)
+    assert status.usable
+    return status.detail
+
+
+def told(bundle: Bundle) -> str:
+    """What a user of `auto` reads."""
+    notices: list[str] = []
+    open_engine(bundle, threads=1, notice=notices.append).close()
+    (notice,) = notices
+    return notice
+
+
+def doctor(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """(its fact about the kernels, the detail of ort-cpu)."""
+    assert cli.run(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    return found["machine"]["own kernels"], next(e["detail"] for e in found["engines"] if e["name"] == "ort-cpu")
+
+
+def check_reason(reason: str, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said wherever somebody may look, and everything works without the kernels."""
+    with pytest.raises(EngineError, match=rf"own kernels are not used: .*{reason}"):
+        native_library()
+    with pytest.raises(EngineError, match=reason):
+        kernel_instructions()
+    fact, detail = doctor(capsys)
+    for text in (fact, detail, said(None), said(bundle), told(bundle)):
+        assert re.search(reason, text), text
+    assert fact.startswith("none: ")
+
+
+def test_where_no_library_was_built(folder: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    check_reason(r"not built \(no C compiler as edgevl was installed\); install gcc or clang", bundle, capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF and no more", b"no library at all" * 100])
+def test_a_damaged_library(folder: Path, content: bytes, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "_kernels.abi3.so").write_bytes(content)
+    check_reason(r"_kernels.abi3.so cannot be loaded \(.*\); install edgevl again", bundle, capsys)
+
+
+def test_a_library_of_something_else(folder: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "_kernels.abi3.so").symlink_to(next(Path(ort.__file__).parent.glob("capi/onnxruntime_pybind11_state*")))
+    check_reason(r"_kernels.abi3.so cannot be loaded \(.*\); install edgevl again", bundle, capsys)
+
+
+def test_a_processor_without_the_instructions(
+    folder: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "_kernels.abi3.so").touch()
+    monkeypatch.setattr(native_kernels, "_instructions", lambda path: "")
+    check_reason("this processor has none of the instructions that they know", bundle, capsys)
+
+
+def test_switched_off(
+    library: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, "off")
+    check_reason(f"{SWITCH} is off", bundle, capsys)
+
+
+@pytest.mark.parametrize("switch", [None, "", "on"])
+def test_switched_on(
+    library: Path,
+    bundle: Bundle,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    switch: str | None,
+) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    if switch is not None:
+        monkeypatch.setenv(SWITCH, switch)
+    fact, detail = doctor(capsys)
+    assert fact == kernel_instructions()
+    for text in (detail, said(None), said(bundle), told(bundle)):
+        assert f"own kernels ({fact})" in text
+
+
+def test_a_switch_that_is_neither(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, "maybe")
+    message = f"{SWITCH} is 'maybe', expected on or off"
+    with pytest.raises(InputError, match=message):
+        native_library()
+    for name in ("auto", "ort-cpu"):
+        with pytest.raises(EngineError, match=message):
+            open_engine(bundle, name, threads=1)
+    assert all(message in text for text in doctor(capsys))
+    assert cli.run(["run", str(bundle.folder), "x"]) == 2
+    assert message in capsys.readouterr().err
+    assert cli.run(["inspect", str(bundle.folder), "--plan"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_profile_is_of_a_machine_with_the_kernels_or_without(
+    library: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for switch in ("on", "off"):
+        monkeypatch.setenv(SWITCH, switch)
+        engine = open_engine(bundle, "ort-cpu", threads=1)
+        found[switch] = machine_of(engine)
+        engine.close()
+    monkeypatch.setenv(SWITCH, "on")
+    assert found["off"].engine == "ort-cpu"
+    assert found["on"].engine == f"ort-cpu, own kernels ({kernel_instructions()})"
+
+
+def test_a_bundle_without_a_native_decoder_says_nothing_of_them(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Bundle.open(make_pair("fp32").bundle)
+    for switch in ("on", "off", "maybe"):
+        monkeypatch.setenv(SWITCH, switch)
+        assert "own kernels" not in said(opened) + told(opened)
