@@ -19,12 +19,14 @@ from edgevl.benchmarks.workloads import Workload
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.errors import InputError
+from edgevl.runtime.native_kernels import native_role
 from edgevl.runtime.ort_engine import OrtEngine, OrtGraph
 
 __all__ = ["Operator", "operator_shares", "operator_table", "read_trace"]
 
 _KERNEL = "_kernel_time"
-_OWN = ("MatMulNBits",)  # in a graph for our own kernels; a trace does not tell whose an operator is
+# In a graph for our own kernels; a trace does not tell whose an operator is.
+_OWN = ("MatMulNBits", "MatMulInt8", "FrameAttention")
 _BRANCHES = "If"  # its own time is that of the nodes in its branch, which the trace has too
 
 
@@ -84,18 +86,19 @@ def operator_shares(bundle: str, work: Workload, threads: int) -> dict[str, list
         graphs = {role: graph for role, graph in engine.graphs.items() if isinstance(graph, OrtGraph)}
         traces = {role: graph.end_trace() for role, graph in graphs.items()}
         chunks = -(-prompt // model.prefill_chunk)
-        steps, native = work.new_tokens - 1, bool(engine.kernels)
+        steps = work.new_tokens - 1
+        own = {role: native_role(model.bundle, role) is not None for role in graphs}
         found: dict[str, list[Operator]] = {}
         if work.pictures or work.frames:
             encoded = _runs(traces["vision"]) // 2
-            found["vision"] = read_trace(traces["vision"], encoded, encoded)
+            found["vision"] = read_trace(traces["vision"], encoded, encoded, own["vision"])
         if "prefill" in traces:
-            found["prefill"] = read_trace(traces["prefill"], chunks, chunks)
-            found["decode"] = read_trace(traces["decoder"], steps, steps, native) if steps else []
+            found["prefill"] = read_trace(traces["prefill"], chunks, chunks, own["prefill"])
+            found["decode"] = read_trace(traces["decoder"], steps, steps, own["decoder"]) if steps else []
         else:
             once = chunks + steps
-            found["prefill"] = read_trace(traces["decoder"], chunks, once, native)
-            found["decode"] = read_trace(traces["decoder"], steps, once + chunks, native) if steps else []
+            found["prefill"] = read_trace(traces["decoder"], chunks, once, own["decoder"])
+            found["decode"] = read_trace(traces["decoder"], steps, once + chunks, own["decoder"]) if steps else []
         model.close()
     return found
 

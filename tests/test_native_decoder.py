@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +21,10 @@ from edgevl.export.dialect_native import has_native_decoder
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.export.precision import decoder_precision
 from edgevl.runtime import VisionLanguageModel, cli
-from edgevl.runtime.bundle import MANIFEST, NATIVE_DECODER, Bundle
+from edgevl.runtime.bundle import MANIFEST, NATIVE_DECODER, NATIVE_ROLES, Bundle
 from edgevl.runtime.decoding import Decoder
 from edgevl.runtime.engine import open_engine
-from edgevl.runtime.native_kernels import SWITCH, kernel_instructions, uses_native_kernels
+from edgevl.runtime.native_kernels import SWITCH, has_int8_kernels, kernel_instructions, uses_native_kernels
 from edgevl.runtime.ort_engine import OrtEngine
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -62,11 +63,17 @@ def logits(folder: Path, switch: str, monkeypatch: pytest.MonkeyPatch) -> np.nda
 
 def check_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums in another order are 1e-7 apart. Now and then that moves an activation over the border between two codes of
-    127: then the rounding itself differs, in that layer and behind it, by no more than all rounding is off."""
+    127: then the rounding itself differs, in that layer and behind it, by no more than all rounding is off. Inputs of
+    W8A8 layers always round otherwise: ONNX Runtime's 256 codes lie between their extremes, ours around 0."""
     usable_library()
+    bundle = Bundle.open(folder)
+    decoders = [role for role in NATIVE_ROLES.values() if role != NATIVE_ROLES["vision"] and role in bundle.graphs]
+    w8a8 = any(node.op_type == "MatMulInt8" for role in decoders for node in graph(folder, role).node)
+    if w8a8 and not has_int8_kernels():
+        pytest.skip("this processor has no kernels for W8A8")
     ours, theirs = (logits(folder, switch, monkeypatch) for switch in ("on", "off"))
     errors = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
-    assert np.median(errors) < 3e-6 and errors.max() < 0.06
+    assert np.median(errors) < (0.05 if w8a8 else 3e-6) and errors.max() < 0.06
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -135,15 +142,17 @@ def where(graph: onnx.GraphProto) -> dict[str, tuple[int, int]]:
 
 
 def test_it_is_the_decoder_over_the_same_bytes(bundle: Path) -> None:
-    """Node by node, but for whose products they are; nothing is stored for it but the graph itself."""
+    """The same nodes, but for products and what they do by the way; nothing is stored for it but the graph itself."""
     native, decoder = graph(bundle, NATIVE_DECODER), graph(bundle, "decoder")
     assert {n.domain for n in native.node if n.op_type == "MatMulNBits"} == {"edgevl"}
     assert {n.domain for n in decoder.node if n.op_type == "MatMulNBits"} == {"com.microsoft"}
-    for node in native.node:
-        if node.domain == "edgevl":
-            node.domain = "com.microsoft"
-    assert native == decoder
-    others = [role for role in Bundle.open(bundle).graphs if role not in ("vision", NATIVE_DECODER)]
+    layers = Bundle.open(bundle).model.text.num_hidden_layers
+    more, fewer = (Counter(n.op_type for n in g.node) for g in (decoder, native))
+    if Bundle.open(bundle).graphs["decoder"].precision == "int8":
+        assert fewer["MatMulInt8"] == 5 * layers and not {"DynamicQuantizeMatMul", "ReduceMax", "Div"} & set(fewer)
+    else:
+        assert more - fewer == {"QuickGelu": layers, "Mul": layers, "Add": 2 * layers} and not fewer - more
+    others = [role for role in Bundle.open(bundle).graphs if "vision" not in role and role != NATIVE_DECODER]
     ends = [start + size for role in others for start, size in where(graph(bundle, role)).values()]
     assert where(native).items() <= where(decoder).items()
     assert (bundle / "decoder.onnx.data").stat().st_size == max(ends)

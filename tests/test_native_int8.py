@@ -150,7 +150,7 @@ def test_no_rows_give_no_rows() -> None:
 def test_a_product_refuses_what_it_cannot_multiply() -> None:
     constants = {"w": np.ones((8, 4), np.int8), "s": np.ones(4, np.float32)}
     run = session("MatMulInt8", {"x": [1, "k"]}, constants, K=8, N=4, quick_gelu=0, affine=0)
-    with pytest.raises(Exception, match="the last axis of a product's input is not K"):
+    with pytest.raises(Exception, match="the last axis of A is not K"):
         run.run(None, {"x": np.zeros((1, 9), np.float32)})
     with pytest.raises(Exception, match="expected N and K of at least 1"):
         session("MatMulInt8", {"x": [1, 8]}, constants, K=0, N=4, quick_gelu=0, affine=0)

@@ -35,6 +35,7 @@ from edgevl.runtime.trt_feeds import NO_IMAGE, appended_mask
 openvino = pytest.importorskip("openvino")
 
 from edgevl.runtime import openvino_engine  # noqa: E402  (needs openvino)
+from edgevl.runtime.native_kernels import native_role  # noqa: E402
 from edgevl.runtime.openvino_engine import OpenVinoPrefill  # noqa: E402
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
@@ -334,9 +335,11 @@ def test_hybrid_opens_one_graph_for_prompts(
 
     monkeypatch.setattr(OrtEngine, "_open", watched)
     open_engine(Bundle.open(tmp_path / "b"), "openvino", threads=1).close()
-    assert sorted(opened) == (["decoder"] if tiles else ["decoder", "prefill"])
+    own_encoder = ["vision"] if native_role(Bundle.open(tmp_path / "b"), "vision") else []
+    assert sorted(opened) == (["decoder"] if tiles else ["decoder", "prefill", *own_encoder])
     status = next(s for s in engine_status(Bundle.open(tmp_path / "b")) if s.name == "openvino")
-    assert ("vision and prompts" in status.detail) == tiles
+    assert ("for vision and prompts" in status.detail) == tiles
+    assert ("for nothing here" in status.detail) == (not tiles and bool(own_encoder))
 
 
 def test_a_checkpoint_in_activation_order(tmp_path: Path) -> None:

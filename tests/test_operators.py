@@ -12,8 +12,9 @@ from test_cli import edgevl
 
 from edgevl.benchmarks.operators import operator_shares, read_trace
 from edgevl.benchmarks.workloads import Workload
+from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.errors import InputError
-from edgevl.runtime.native_kernels import SWITCH
+from edgevl.runtime.native_kernels import SWITCH, native_role
 
 
 def trace(path: Path, *runs: list[tuple[str, int]]) -> Path:
@@ -55,9 +56,10 @@ def test_calls_are_those_of_the_graphs(
     export_bundle(tiny.checkpoint, tmp_path / "b", ExportOptions(precision=precision))
     stages = operator_shares(str(tmp_path / "b"), Workload("w", 84, 56, pictures=2, new_tokens=3), 1)
     calls = {stage: {o.name: o.calls for o in found} for stage, found in stages.items()}
-    with tiny.open() as model:
-        text, vision = model.config.text, model.config.vision
-    assert calls["vision"]["MultiHeadAttention"] == vision.depth
+    bundle = Bundle.open(tmp_path / "b")
+    text, vision = bundle.model.text, bundle.model.vision
+    own_encoder, own_prompts = native_role(bundle, "vision"), native_role(bundle, "prefill")
+    assert calls["vision"]["edgevl.FrameAttention" if own_encoder else "MultiHeadAttention"] == vision.depth
     assert calls["prefill"]["GroupQueryAttention"] == text.num_hidden_layers
     # a step's attention is in a branch of its own, whose time is counted once
     assert calls["decode"]["FusedMatMul"] == calls["decode"]["Softmax"] == text.num_hidden_layers
@@ -70,6 +72,9 @@ def test_calls_are_those_of_the_graphs(
     assert sum("MatMulNBits" in name for name in calls["decode"]) == 1
     if precision == "int4":
         assert calls["prefill"][products] == calls["decode"][products]
+    elif own_prompts:
+        assert calls["prefill"]["edgevl.MatMulNBits"] == 1
+        assert calls["prefill"]["edgevl.MatMulInt8"] == 5 * text.num_hidden_layers
     else:  # ONNX Runtime's own, whatever the decoder's is
         assert calls["prefill"]["MatMulNBits"] == 1 and "edgevl.MatMulNBits" not in calls["prefill"]
 

@@ -21,13 +21,13 @@ from edgevl.benchmarks.memory import Case, measure, predict
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.runtime import admission, cli
 from edgevl.runtime.admission import Admission, check_opening
-from edgevl.runtime.bundle import NATIVE_DECODER, OPENVINO_PREFILL, Bundle
+from edgevl.runtime.bundle import NATIVE_ROLES, Bundle
 from edgevl.runtime.errors import CapacityError, EngineError, InputError
 from edgevl.runtime.generation import VisionLanguageModel
 from edgevl.runtime.image_processing import VisionGrid
 from edgevl.runtime.kv_cache import KVCache
 from edgevl.runtime.memory import available_bytes, parse_size, resident_bytes, shown
-from edgevl.runtime.native_kernels import SWITCH
+from edgevl.runtime.native_kernels import SWITCH, native_role
 from edgevl.runtime.preflight import Planner, largest_that_fits, picture_of
 
 MB = 1_000_000
@@ -104,21 +104,22 @@ def tensors(path: Path) -> dict[str, int]:
     return sizes
 
 
-def opened_files(bundle: Bundle, kernels: bool) -> dict[str, Path]:
+def opened_files(bundle: Bundle) -> dict[str, Path]:
     """The graphs that ONNX Runtime opens, by role."""
-    files = {role: bundle.path(graph.file) for role, graph in bundle.graphs.items() if role != OPENVINO_PREFILL}
-    native = files.pop(NATIVE_DECODER, files["decoder"])
-    return files | {"decoder": native} if kernels else files
+    roles = [role for role in NATIVE_ROLES if role in bundle.graphs]
+    return {role: bundle.path(bundle.graphs[native_role(bundle, role) or role].file) for role in roles}
 
 
 @pytest.mark.parametrize("name", ["fp32", "int4", "hybrid", "int8", "untied"])
 def test_the_table_and_the_weights_are_the_graphs_own(bundles: dict[str, Path], name: str, kernels: bool) -> None:
     bundle = Bundle.open(bundles[name])
     planner = Planner(bundle)
-    graphs = {role: tensors(path) for role, path in opened_files(bundle, kernels).items()}
+    graphs = {role: tensors(path) for role, path in opened_files(bundle).items()}
     table = sum(size for n, size in graphs["decoder"].items() if "embed_tokens" in n)
     assert planner.table == pytest.approx(table, rel=0.02)
     kept = sum(sum(sizes.values()) for sizes in graphs.values())
+    if "prefill" in graphs and native_role(bundle, "prefill"):  # the head of both is the same pages
+        kept -= table
     in_file = sum(size for n, size in graphs["decoder"].items() if not n.endswith(".weight.int8"))
     if name == "untied":
         kept, in_file = kept - table, in_file - table  # the embedding's rows are few
@@ -132,12 +133,12 @@ def test_block_sums_are_counted_layer_by_layer(bundles: dict[str, Path], name: s
     """MatMulNBits' own attributes are the oracle: N × K / block sums of four bytes; our own has none."""
     bundle = Bundle.open(bundles[name])
     sums = 0
-    for path in opened_files(bundle, kernels).values():
+    for path in opened_files(bundle).values():
         for node in onnx.load(str(path), load_external_data=False).graph.node:
             if (node.domain, node.op_type) == ("com.microsoft", "MatMulNBits"):
                 a = {x.name: x.i for x in node.attribute}
                 sums += a["N"] * -(-a["K"] // a["block_size"]) * 4
-    assert (sums == 0) == (kernels and name != "hybrid")
+    assert (sums == 0) == all(native_role(bundle, role) for role in ("prefill", "decoder") if role in bundle.graphs)
     assert Planner(bundle)._block_sums() == pytest.approx(sums, rel=0.02)
 
 
@@ -177,9 +178,12 @@ def test_a_video_goes_through_the_encoder_in_groups(demo: VisionLanguageModel) -
 
 
 def test_a_head_is_packed_for_every_graph_but_our_own(bundles: dict[str, Path], kernels: bool) -> None:
-    for name, packed in (("hybrid", 2 - kernels), ("int4", 1 - kernels), ("fp32", 1)):
-        planner = Planner(Bundle.open(bundles[name]))
-        assert planner.mapped == packed * planner.table, name
+    for name in ("hybrid", "int4", "fp32"):
+        bundle = Bundle.open(bundles[name])
+        roles = [role for role in ("prefill", "decoder") if role in bundle.graphs]
+        packed = sum(native_role(bundle, role) is None for role in roles)
+        assert (packed < len(roles)) == (kernels and name != "fp32")
+        assert Planner(bundle).mapped == packed * Planner(bundle).table, name
 
 
 # --------------------------------------------------------------------------------------- helpers

@@ -68,7 +68,7 @@ static Status *multiply(void *kernel, KernelContext *context) {
     CHECK(input_data(api, context, 3, &w->bias));
     CHECK(like_output(api, context, 4, w->columns, w->rows, &w->gate));
     CHECK(like_output(api, context, 5, w->columns, w->rows, &w->residual));
-    CHECK(open_product(api, context, w->columns, w->rows, &rows, &call.y));
+    CHECK(open_product(api, context, w->columns, w->rows, "edgevl.MatMulInt8: the last axis of A is not K", &rows, &call.y));
     if (rows == 0) return NULL;
     call.rounded.rows = rows, call.rounded.stride = up_to(w->columns, 64);
     const size_t codes = rows * call.rounded.stride, numbers = up_to(rows * sizeof(float), 64);

@@ -127,7 +127,7 @@ static Status *compute(void *kernel, KernelContext *context) {
     CHECK(like_output(api, context, RESIDUAL, w->columns, w->rows, &call.residual));
     if (order != NULL)
         return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: takes no g_idx; reorder A's columns");
-    CHECK(open_product(api, context, w->columns, w->rows, &rows, &call.y));
+    CHECK(open_product(api, context, w->columns, w->rows, "edgevl.MatMulNBits: the last axis of A is not K", &rows, &call.y));
     if (rows == 0) return NULL;
     void *room = make_room(w, rows, &call.rounded);
     if (room == NULL) return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: no memory for the rounded rows");

@@ -46,13 +46,13 @@ static inline Status *output_data(Api api, KernelContext *context, const int64_t
 }
 
 /* For products: x [..., columns] and y [..., rows of the weight], as two axes. */
-static inline Status *open_product(Api api, KernelContext *context, int64_t columns, int64_t outputs, int64_t *rows,
-                                   float **y) {
+static inline Status *open_product(Api api, KernelContext *context, int64_t columns, int64_t outputs,
+                                   const char *mismatch, int64_t *rows, float **y) {
     int64_t dims[MOST_DIMENSIONS];
     size_t count = 0;
     CHECK(input_shape(api, context, 0, dims, &count));
     if (count < 1 || dims[count - 1] != columns)
-        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl: the last axis of a product's input is not K");
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, mismatch);
     *rows = 1;
     for (size_t i = 0; i + 1 < count; i++) *rows *= dims[i];
     dims[count - 1] = outputs;
