@@ -211,15 +211,16 @@ INLINE int32_t weigh(const float *scores, float *largest, uint8_t *codes) {
         __m512i code[4];
         UNROLL for (int v = 0; v < 4; v++)
             code[v] = _mm512_cvtps_epi32(weight_ps(_mm512_sub_ps(_mm512_load_ps(scores + part + v * 16), limit)));
-        const __m512i packed = _mm512_packus_epi16(_mm512_packs_epi32(code[0], code[1]), _mm512_packs_epi32(code[2], code[3]));
+        const __m512i low = _mm512_packs_epi32(code[0], code[1]), high = _mm512_packs_epi32(code[2], code[3]);
+        const __m512i packed = _mm512_packus_epi16(low, high);
         sum = _mm512_dpbusd_epi32(sum, packed, _mm512_set1_epi8(1));
         _mm512_store_si512(codes + part, packed);
     }
     return _mm512_reduce_add_epi32(sum);
 }
 
-INLINE void add_values(Queries *q, int64_t m, const uint8_t codes[ROWS][KEYS], const int8_t *values, const float *scales,
-                       const float *kept, const float *added, int registers) {
+INLINE void add_values(Queries *q, int64_t m, const uint8_t codes[ROWS][KEYS], const int8_t *values,
+                       const float *scales, const float *kept, const float *added, int registers) {
     __m512i d[ROWS][MOST_REGISTERS];
     UNROLL for (int r = 0; r < ROWS; r++)
         UNROLL for (int v = 0; v < registers; v++) d[r][v] = _mm512_setzero_si512();
@@ -235,7 +236,8 @@ INLINE void add_values(Queries *q, int64_t m, const uint8_t codes[ROWS][KEYS], c
         const __m512 scale = _mm512_loadu_ps(scales + v * 16);
         UNROLL for (int r = 0; r < ROWS; r++) {
             float *to = q->sums[m + r] + v * 16;
-            const __m512 new = _mm512_mul_ps(_mm512_cvtepi32_ps(d[r][v]), _mm512_mul_ps(scale, _mm512_set1_ps(added[r])));
+            const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(added[r]));
+            const __m512 new = _mm512_mul_ps(_mm512_cvtepi32_ps(d[r][v]), factor);
             _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_loadu_ps(to), _mm512_set1_ps(kept[r]), new));
         }
     }

@@ -7,7 +7,7 @@ enum { OUTPUTS = 32 }; /* of one tile of a packed weight */
 
 /* y = activation(x Wᵀ + bias), x rounded to 8 bits with one scale per row. */
 typedef struct {
-    const int8_t *codes;  /* [padded rows / OUTPUTS, padded columns / 4, OUTPUTS, 4], see `pack` */
+    const int8_t *codes;  /* [padded rows / OUTPUTS, padded columns / 4, OUTPUTS, 4], as `pack` lays them */
     const int32_t *sums;  /* [padded rows], of a row's codes: what a step of the zero point adds */
     const float *scales;  /* [rows] */
     const float *bias;    /* [rows], or NULL */
@@ -42,12 +42,11 @@ typedef struct {
 
 enum { KEYS = 128, QUERIES = 64 };
 
-/* From ONNX's order [columns, rows] into room for w's codes and sums. */
-void pack_int8(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t *sums);
-
 typedef struct {
     const char *name;
     int (*supported)(void);
+    /* From ONNX's order [columns, rows] into room for w's codes and sums. */
+    void (*pack)(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t *sums);
     void (*round)(const Int8Weight *w, const float *x, const Int8Rows *to, int64_t first, int64_t last);
     void (*multiply)(const Int8Weight *w, const Int8Rows *x, float *y, int64_t first, int64_t last);
     /* head: frame × heads + head; block: of QUERIES rows. */

@@ -43,6 +43,34 @@ static void round_rows(const Int8Weight *w, const float *x, const Int8Rows *to, 
     }
 }
 
+/* Four columns of 16 outputs, [4][16] bytes `stride` apart, as 16 dwords of four. */
+INLINE __m512i interleave(const int8_t *from, int64_t stride, int64_t columns, __mmask16 mask) {
+    __m128i r[4];
+    UNROLL for (int i = 0; i < 4; i++)
+        r[i] = i < columns ? _mm_maskz_loadu_epi8(mask, from + i * stride) : _mm_setzero_si128();
+    const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
+    const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
+    __m512i out = _mm512_castsi128_si512(_mm_unpacklo_epi16(a, b));
+    out = _mm512_inserti32x4(out, _mm_unpackhi_epi16(a, b), 1);
+    out = _mm512_inserti32x4(out, _mm_unpacklo_epi16(c, d), 2);
+    return _mm512_inserti32x4(out, _mm_unpackhi_epi16(c, d), 3);
+}
+
+/* By columns on the outside: the source is read once, from its beginning to its end. */
+static void pack(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t *sums) {
+    const int64_t rows = padded_rows(w), columns = padded_columns(w);
+    memset(sums, 0, rows * sizeof(int32_t));
+    for (int64_t column = 0; column < columns; column += 4)
+        for (int64_t n = 0; n < rows; n += 16) {
+            const __mmask16 mask = first_of_16(w->rows - n);
+            const int8_t *at = from + column * w->rows + (mask ? n : 0);
+            const __m512i four = interleave(at, w->rows, w->columns - column, mask);
+            _mm512_store_si512(codes + n / OUTPUTS * OUTPUTS * columns + column * OUTPUTS + n % OUTPUTS * 4, four);
+            const __m512i sum = _mm512_dpbusd_epi32(_mm512_load_si512(sums + n), _mm512_set1_epi8(1), four);
+            _mm512_store_si512(sums + n, sum);
+        }
+}
+
 /* sums [rows, OUTPUTS] += x [rows, 4 × steps] by the tile. */
 INLINE void multiply_tile(const int8_t *tile, const uint8_t *x, int64_t stride, int64_t steps, int count,
                           int32_t *sums) {
@@ -80,7 +108,8 @@ static void store_rows(const Int8Weight *w, const Int8Rows *x, float *y, int64_t
         for (int64_t m = start; m < stop; m++) {
             const __m512i offset = _mm512_mullo_epi32(added, _mm512_set1_epi32(x->zeros[m]));
             const __m512i d = _mm512_sub_epi32(_mm512_load_si512(sums + (m - start) * OUTPUTS + half * 16), offset);
-            __m512 out = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), _mm512_mul_ps(scales, _mm512_set1_ps(x->scales[m])), bias);
+            const __m512 factor = _mm512_mul_ps(scales, _mm512_set1_ps(x->scales[m]));
+            __m512 out = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), factor, bias);
             const int64_t to = m * w->rows + at;
             if (w->quick_gelu) out = swish(out, 1.702f);
             if (w->gate) out = _mm512_mul_ps(out, swish(_mm512_maskz_loadu_ps(mask, w->gate + to), 1));
@@ -101,20 +130,22 @@ static void multiply(const Int8Weight *w, const Int8Rows *x, float *y, int64_t f
                 const int64_t left = columns - column, steps = (left < DEPTH ? left : DEPTH) / 4;
                 const int8_t *tile = w->codes + n * columns + column * OUTPUTS;
                 const uint8_t *codes = x->codes + column;
+                int32_t *to = sums;
                 int64_t m = start;
-                for (; m + TILE_ROWS <= stop; m += TILE_ROWS)
-                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, TILE_ROWS, sums + (m - start) * OUTPUTS);
-                for (; m + 4 <= stop; m += 4)
-                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, 4, sums + (m - start) * OUTPUTS);
-                for (; m < stop; m++)
-                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, 1, sums + (m - start) * OUTPUTS);
+                for (; m + TILE_ROWS <= stop; m += TILE_ROWS, to += TILE_ROWS * OUTPUTS)
+                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, TILE_ROWS, to);
+                for (; m + 4 <= stop; m += 4, to += 4 * OUTPUTS)
+                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, 4, to);
+                for (; m < stop; m++, to += OUTPUTS)
+                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, 1, to);
             }
             store_rows(w, x, y, start, stop, n, last - n < OUTPUTS ? last - n : OUTPUTS, sums);
         }
     free(sums);
 }
 
-const Int8Kernels int8_avx512 = {"avx512-vnni", has_avx512_vnni, round_rows, multiply, prepare_keys, attend};
+const Int8Kernels int8_avx512 = {"avx512-vnni", has_avx512_vnni, pack, round_rows, multiply,
+                                  prepare_keys, attend};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -68,7 +68,8 @@ static Status *multiply(void *kernel, KernelContext *context) {
     CHECK(input_data(api, context, 3, &w->bias));
     CHECK(like_output(api, context, 4, w->columns, w->rows, &w->gate));
     CHECK(like_output(api, context, 5, w->columns, w->rows, &w->residual));
-    CHECK(open_product(api, context, w->columns, w->rows, "edgevl.MatMulInt8: the last axis of A is not K", &rows, &call.y));
+    CHECK(open_product(api, context, w->columns, w->rows, "edgevl.MatMulInt8: the last axis of A is not K", &rows,
+                       &call.y));
     if (rows == 0) return NULL;
     call.rounded.rows = rows, call.rounded.stride = up_to(w->columns, 64);
     const size_t codes = rows * call.rounded.stride, numbers = up_to(rows * sizeof(float), 64);
@@ -77,13 +78,14 @@ static Status *multiply(void *kernel, KernelContext *context) {
     call.rounded.codes = (uint8_t *)room, call.rounded.scales = (float *)(room + codes);
     call.rounded.zeros = (int32_t *)(room + codes + numbers);
     Status *status = parallel(api, context, round_task, up_to(rows, ROWS_AT_A_TIME) / ROWS_AT_A_TIME, &call);
-    if (status == NULL) status = parallel(api, context, multiply_task, up_to(w->rows, TASK_OUTPUTS) / TASK_OUTPUTS, &call);
+    if (status == NULL)
+        status = parallel(api, context, multiply_task, up_to(w->rows, TASK_OUTPUTS) / TASK_OUTPUTS, &call);
     free(room);
     return status;
 }
 
 /* The weight laid out anew, which the kernels read in one stream; the graph's own is not touched again. */
-static Status *pack(Api api, const KernelInfo *info, Int8Weight *w) {
+static Status *pack(Api api, const KernelInfo *info, const Int8Kernels *kernels, Int8Weight *w) {
     const Value *value = NULL;
     int constant = 0;
     void *from = NULL;
@@ -97,7 +99,7 @@ static Status *pack(Api api, const KernelInfo *info, Int8Weight *w) {
         free(sums);
         return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: no memory for the packed weight");
     }
-    pack_int8(w, from, codes, sums);
+    kernels->pack(w, from, codes, sums);
     w->codes = codes, w->sums = sums;
     return NULL;
 }
@@ -114,7 +116,7 @@ static Status *create_product(const CustomOp *op, Api api, const KernelInfo *inf
         return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: this processor has no instructions that it knows");
     if (w->rows < 1 || w->columns < 1)
         return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulInt8: expected N and K of at least 1");
-    CHECK(pack(api, info, w));
+    CHECK(pack(api, info, node.kernels, w));
     return keep(api, &node, sizeof node, kernel);
 }
 
@@ -130,8 +132,8 @@ static size_t product_inputs(const CustomOp *op) { (void)op; return 6; }
 static int product_type(const CustomOp *op, size_t i) { (void)op; return i == 1 ? ABI_INT8 : ABI_FLOAT; }
 static int product_kind(const CustomOp *op, size_t i) { (void)op; return i < 3 ? ABI_REQUIRED : ABI_OPTIONAL; }
 
-const CustomOp matmul_int8 = OPERATOR(product_name, product_inputs, product_type, product_kind, create_product, multiply,
-                                      destroy_product);
+const CustomOp matmul_int8 = OPERATOR(product_name, product_inputs, product_type, product_kind, create_product,
+                                      multiply, destroy_product);
 
 /* -------------------------------------------------------------------------------------------------- FrameAttention
  * qkv float [frames, patches, 3 × heads × dim], cos and sin float [frames, patches, dim / 2]; attribute num_heads.
@@ -166,7 +168,8 @@ static Status *run_frames(const Frames *node, KernelContext *context, FramesCall
     const size_t codes = heads * length * padded, of_keys = heads * length * sizeof(float);
     const size_t of_values = heads * key_blocks(a) * padded * sizeof(float);
     char *memory = aligned_alloc(64, 2 * (codes + of_keys) + of_values);
-    if (memory == NULL) return CreateStatus(node->api)(ABI_FAIL, "edgevl.FrameAttention: no memory for keys and values");
+    if (memory == NULL)
+        return CreateStatus(node->api)(ABI_FAIL, "edgevl.FrameAttention: no memory for keys and values");
     a->keys = (uint8_t *)memory, a->values = (int8_t *)(memory + codes);
     a->key_scales = (float *)(memory + 2 * codes), a->key_limits = (float *)(memory + 2 * codes + of_keys);
     a->value_scales = (float *)(memory + 2 * (codes + of_keys));
@@ -191,15 +194,15 @@ static Status *attend(void *kernel, KernelContext *context) {
     a->heads = node->heads;
     a->dim = count == 3 ? dims[2] / 3 / a->heads : 0;
     if (count != 3 || a->dim * 3 * a->heads != dims[2] || a->dim % 2 != 0 || a->dim < 2 || a->dim > 128)
-        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected qkv [frames, patches, 3 × heads × "
-                                                       "dim] with an even dim of at most 128");
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected qkv [frames, patches, 3 × "
+                                                       "heads × dim] with an even dim of at most 128");
     for (size_t input = 1; input <= 2; input++) {
         int64_t rotary[MOST_DIMENSIONS];
         size_t axes = 0;
         CHECK(input_shape(api, context, input, rotary, &axes));
         if (axes != 3 || rotary[0] != dims[0] || rotary[1] != dims[1] || rotary[2] * 2 != a->dim)
-            return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected cos and sin [frames, patches, "
-                                                           "dim / 2]");
+            return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected cos and sin "
+                                                           "[frames, patches, dim / 2]");
     }
     a->frames = dims[0], a->length = dims[1];
     a->scale = 1 / sqrtf((float)a->dim);
@@ -216,7 +219,8 @@ static Status *create_frames(const CustomOp *op, Api api, const KernelInfo *info
     CHECK(attributes(api, info, names, to, 1));
     if (node.kernels == NULL)
         return CreateStatus(api)(ABI_FAIL, "edgevl.FrameAttention: this processor has no instructions that it knows");
-    if (node.heads < 1) return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected num_heads of at least 1");
+    if (node.heads < 1)
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.FrameAttention: expected num_heads of at least 1");
     return keep(api, &node, sizeof node, kernel);
 }
 
@@ -225,4 +229,5 @@ static size_t frames_inputs(const CustomOp *op) { (void)op; return 3; }
 static int frames_type(const CustomOp *op, size_t i) { (void)op; (void)i; return ABI_FLOAT; }
 static int frames_kind(const CustomOp *op, size_t i) { (void)op; (void)i; return ABI_REQUIRED; }
 
-const CustomOp frame_attention = OPERATOR(frames_name, frames_inputs, frames_type, frames_kind, create_frames, attend, free);
+const CustomOp frame_attention = OPERATOR(frames_name, frames_inputs, frames_type, frames_kind, create_frames,
+                                          attend, free);

@@ -3,7 +3,8 @@
  * Inputs and attributes are those of com.microsoft.MatMulNBits: A float [..., K], B uint8 [N, blocks, block_size × bits
  * / 8], scales float [N, blocks], zero_points uint8 [N, ceil(blocks × bits / 8)] or none, g_idx, which must be absent,
  * bias float [N] or none. Two more, each of the output's shape or none: gate, whose SiLU the output is multiplied with,
- * and residual, which is added to it. Weights are read where they are, out of the mapped file: nothing is repacked or copied.
+ * and residual, which is added to it. Weights are read where they are, out of the mapped file: nothing is repacked or
+ * copied.
  */
 #include "nbits.h"
 #include "operator.h"
@@ -59,7 +60,7 @@ static void *make_room(const Weight *w, int64_t rows, Activations *x) {
     return room;
 }
 
-/* For tests: one thread, y [m, w.rows] = x [m, w.columns] Wᵀ by the kernels `name`. 0: done, 1: not on this processor. */
+/* For tests: one thread, y [m, w.rows] = x [m, w.columns] Wᵀ by the kernels `name`. 0: done, 1: not on this one */
 EXPORT int edgevl_multiply(const char *name, const Weight *w, const float *x, int64_t m, float *y) {
     for (const Kernels *const *k = all_kernels; *k != NULL; k++)
         if (strcmp((*k)->name, name) == 0 && (*k)->supported()) {
@@ -127,7 +128,8 @@ static Status *compute(void *kernel, KernelContext *context) {
     CHECK(like_output(api, context, RESIDUAL, w->columns, w->rows, &call.residual));
     if (order != NULL)
         return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: takes no g_idx; reorder A's columns");
-    CHECK(open_product(api, context, w->columns, w->rows, "edgevl.MatMulNBits: the last axis of A is not K", &rows, &call.y));
+    CHECK(open_product(api, context, w->columns, w->rows, "edgevl.MatMulNBits: the last axis of A is not K", &rows,
+                       &call.y));
     if (rows == 0) return NULL;
     void *room = make_room(w, rows, &call.rounded);
     if (room == NULL) return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: no memory for the rounded rows");
@@ -154,8 +156,8 @@ static Status *create(const CustomOp *op, Api api, const KernelInfo *info, void 
         return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: this processor has no instructions that it knows");
     const int known_block = node.block == 32 || node.block == 64 || (node.block > 0 && node.block % CHUNK == 0);
     if ((node.bits != 4 && node.bits != 8) || !known_block || node.rows < 1 || node.columns < 1)
-        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: expected bits 4 or 8, a block_size of 32, 64 or "
-                                                       "a multiple of 128, and N and K of at least 1");
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: expected bits 4 or 8, a block_size of 32, "
+                                                       "64 or a multiple of 128, and N and K of at least 1");
     return keep(api, &node, sizeof node, kernel);
 }
 

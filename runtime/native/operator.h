@@ -76,11 +76,13 @@ static inline Status *like_output(Api api, const KernelContext *context, size_t 
     return NULL;
 }
 
-static inline Status *parallel(Api api, KernelContext *context, void (*task)(void *, size_t), int64_t count, void *data) {
+static inline Status *parallel(Api api, KernelContext *context, void (*task)(void *, size_t), int64_t count,
+                               void *data) {
     return KernelContext_ParallelFor(api)(context, task, count, 0, data);
 }
 
-static inline Status *attributes(Api api, const KernelInfo *info, const char *const *names, int64_t *const *to, int count) {
+static inline Status *attributes(Api api, const KernelInfo *info, const char *const *names, int64_t *const *to,
+                                 int count) {
     for (int i = 0; i < count; i++) CHECK(KernelInfoGetAttribute_int64(api)(info, names[i], to[i]));
     return NULL;
 }
@@ -101,15 +103,16 @@ static inline int op_cpu_memory(const CustomOp *op, size_t i) { (void)op; (void)
 static inline int op_none(const CustomOp *op) { (void)op; return 0; }
 static inline int op_version(const CustomOp *op) { (void)op; return 1; }
 
-#define OPERATOR(name_, inputs_, type_, kind_, create_, compute_, destroy_)                                                      \
-    {                                                                                                                   \
-        .version = ABI_VERSION, .GetName = name_, .GetExecutionProviderType = op_provider, .GetInputType = type_,       \
-        .GetInputTypeCount = inputs_, .GetOutputType = op_float_output, .GetOutputTypeCount = op_one_output,            \
-        .KernelDestroy = destroy_,   .GetInputCharacteristic = kind_, .GetOutputCharacteristic = op_required_output,    \
-        .GetInputMemoryType = op_cpu_memory, .GetVariadicInputMinArity = op_none,                                       \
-        .GetVariadicInputHomogeneity = op_none, .GetVariadicOutputMinArity = op_none,                                   \
-        .GetVariadicOutputHomogeneity = op_none, .CreateKernelV2 = create_, .KernelComputeV2 = compute_,                \
-        .GetStartVersion = op_version, .GetEndVersion = op_version,                                                     \
+#define OPERATOR(name_, inputs_, type_, kind_, create_, compute_, destroy_)                     \
+    {                                                                                           \
+        .version = ABI_VERSION, .GetName = name_, .GetExecutionProviderType = op_provider,      \
+        .GetInputType = type_, .GetInputTypeCount = inputs_, .GetInputCharacteristic = kind_,   \
+        .GetOutputType = op_float_output, .GetOutputTypeCount = op_one_output,                  \
+        .GetOutputCharacteristic = op_required_output, .GetInputMemoryType = op_cpu_memory,     \
+        .GetVariadicInputMinArity = op_none, .GetVariadicInputHomogeneity = op_none,            \
+        .GetVariadicOutputMinArity = op_none, .GetVariadicOutputHomogeneity = op_none,          \
+        .GetStartVersion = op_version, .GetEndVersion = op_version,                             \
+        .CreateKernelV2 = create_, .KernelComputeV2 = compute_, .KernelDestroy = destroy_,      \
     }
 
 extern const CustomOp matmul_nbits, matmul_int8, frame_attention;

@@ -69,4 +69,5 @@ ABI_SLOT(90, Status *, KernelContext_GetInput, const KernelContext *, size_t, co
 ABI_SLOT(91, Status *, KernelContext_GetOutput, KernelContext *, size_t, const int64_t *, size_t, Value **)
 ABI_SLOT(99, void, ReleaseTensorTypeAndShapeInfo, ShapeInfo *)
 ABI_SLOT(249, Status *, KernelInfoGetConstantInput_tensor, const KernelInfo *, size_t, int *, const Value **)
-ABI_SLOT(274, Status *, KernelContext_ParallelFor, const KernelContext *, void (*)(void *, size_t), size_t, size_t, void *)
+ABI_SLOT(274, Status *, KernelContext_ParallelFor, const KernelContext *, void (*)(void *, size_t), size_t, size_t,
+         void *)

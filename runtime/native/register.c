@@ -8,7 +8,8 @@ EXPORT Status *RegisterCustomOps(SessionOptions *options, const ApiBase *base) {
         Domain *made = NULL;
         const CustomOp *const operators[] = {&matmul_nbits, &matmul_int8, &frame_attention};
         CHECK(CreateCustomOpDomain(api)("edgevl", &made));
-        for (size_t i = 0; i < sizeof operators / sizeof *operators; i++) CHECK(CustomOpDomain_Add(api)(made, operators[i]));
+        for (size_t i = 0; i < sizeof operators / sizeof *operators; i++)
+            CHECK(CustomOpDomain_Add(api)(made, operators[i]));
         domain = made;
     }
     return AddCustomOpDomain(api)(options, domain);
