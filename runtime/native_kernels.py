@@ -27,6 +27,7 @@ __all__ = [
 
 SWITCH = "EDGEVL_KERNELS"  # environment: "off" leaves the kernels out
 _NAME = "_kernels*.so"
+_INT8 = "edgevl_int8_instructions"
 
 
 def native_library() -> Path:
@@ -49,7 +50,7 @@ def kernel_instructions() -> str:
 
 def has_int8_kernels() -> bool:
     """Whether the library has products of int8 by int8 for this processor, too. Raises as `native_library`."""
-    return bool(_instructions(native_library(), "edgevl_int8_instructions"))
+    return bool(_instructions(native_library(), _INT8))
 
 
 def describe_kernels() -> str:
@@ -94,7 +95,7 @@ def _find(switch: str) -> tuple[Path | None, str]:
     if path is None:
         return None, "not built (no C compiler as edgevl was installed); install gcc or clang, then edgevl again"
     try:
-        known = _instructions(path)
+        known, _ = _instructions(path), _instructions(path, _INT8)  # of older sources, it has not both
     except (OSError, AttributeError) as e:
         return None, f"{path.name} cannot be loaded ({e}); install edgevl again"
     return (path, "") if known else (None, "this processor has none of the instructions that they know")

@@ -4,10 +4,10 @@
                a picture:  base + weights + pixels + vision activations + what the decoder's arena kept,
                an answer:  base + weights + embeddings + prefill activations + KV cache)
 
-Weights are packed copies, but for those that our own kernels multiply: they are pages of the mapped file, which the
-first request brings into memory. ONNX Runtime on a CPU only. Sizes follow from the shapes; the constants that had to be
-measured stand below, each with what it stands for and how it was found (benchmarks/memory.py compares predictions with
-measured peaks). The same numbers admit or refuse requests (`Admission`).
+Weights are packed copies, but for those in blocks that our own kernels multiply: they are pages of the mapped file,
+which the first request brings into memory. ONNX Runtime on a CPU only. Sizes follow from the shapes; the constants that
+had to be measured stand below, each with what it stands for and how it was found (benchmarks/memory.py compares
+predictions with measured peaks). The same numbers admit or refuse requests (`Admission`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from edgevl.runtime.bundle import Bundle
+from edgevl.runtime.bundle import NATIVE_ROLES, Bundle
 from edgevl.runtime.decoding import DEFAULT_PREFILL_CHUNK
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.image_processing import VisionGrid
-from edgevl.runtime.native_kernels import native_role, uses_native_kernels
+from edgevl.runtime.native_kernels import native_role
 
 __all__ = ["Plan", "Planner"]
 
@@ -42,10 +42,14 @@ FP16_WIDENED = 2.2
 # encoder of a single block stays at 16; no released one has less than 32.
 VISION_UNITS = 22.0
 VISION_UNITS_FP16 = 26.0  # casts around every product
+# Our own attention keeps keys and values in int8 and splits nothing, and products round their inputs, apply QuickGelu
+# and add residuals themselves. Slope measured over 256 to 6,400 patches: 11 to 12.5.
+VISION_UNITS_NATIVE = 12.0
 # Decoder prefill, per token in float32: gate, its silu, up and their product, each as wide as the feed-forward layer,
 # over a residual stream. Measured 4.05 to 4.2 widths for 1,024 to 6,144 tokens in int4 and W8A8 alike, whatever the
 # cache holds: GroupQueryAttention keeps no matrix of scores.
 PREFILL_WIDTHS, PREFILL_STREAMS = 4, 1
+PREFILL_WIDTHS_NATIVE = 3.1  # a product multiplies with its gate; measured 3.0 to 3.2 in int4 and W8A8
 LOGITS_COPIES = 3  # the graph's, the sampler's float32 and its penalized copy
 _PAGE = 4096
 _PATCHES_PER_CALL = 16384  # as in edgevl.runtime.vision
@@ -64,7 +68,7 @@ class Plan:
     base: int  # interpreter, libraries, tokenizer
     tokenizer: int  # the part of base that is the tokenizer
     weights: int
-    in_file: int  # the part of weights that is pages of the mapped file, read by the first request
+    in_file: int  # the part of weights that is pages of mapped files, read by the first request
     mapped: int  # pages of weight files, read for packing, that stay resident until opening has ended
     pixels: int
     vision: int
@@ -102,12 +106,13 @@ class Planner:
     def __init__(self, bundle: Bundle, prefill_chunk: int = DEFAULT_PREFILL_CHUNK) -> None:
         """Raises InputError where the environment's switch of the kernels says neither on nor off."""
         self.bundle, self._chunk = bundle, prefill_chunk
-        self._native = uses_native_kernels(bundle)
+        self._native = {role for role in NATIVE_ROLES if native_role(bundle, role)}
+        self._decoders = [role for role in ("prefill", "decoder") if role in bundle.graphs]
         self._text, self._vision = bundle.model.text, bundle.model.vision
         decoder = bundle.graphs["decoder"]
         self._quantized = decoder.precision not in ("fp32", "fp16")
         # Graphs that pack what they have in blocks, the head at least.
-        self._packing = self._packs_prompts() + (not self._native)
+        self._packing = sum(role not in self._native for role in self._decoders)
         self._cache_item = np.dtype(decoder.spec.input(decoder.spec.cache[0][0]).dtype).itemsize
         self._vision_fp16 = bundle.graphs["vision"].precision == "fp16"
 
@@ -137,7 +142,7 @@ class Planner:
         own. The embedding's rows are read from the mapped file (a prompt touches few of them); where it is also the
         head, the head is a packed copy, or those same pages."""
         sizes = {"vision": self._data_size("vision"), "decoder": self._decoder_size()}
-        if self._packs_prompts():  # two graphs over one data file: each has its own head
+        if "prefill" in self.bundle.graphs:  # two graphs over one data file: each has its own head
             sizes["decoder"] += self.table
         total = 0.0
         for role, size in sizes.items():
@@ -147,23 +152,27 @@ class Planner:
     @property
     def in_file(self) -> int:
         """The part of `weights` that our own kernels read where it is mapped: all of the decoder but W8A8 layers, its
-        own or those of a graph for prompts beside it."""
-        if not self._native:
-            return 0
-        graphs = self.bundle.graphs
-        has_w8a8 = graphs["decoder"].precision == "int8" or "prefill" in graphs
-        return self._decoder_size() - (self._layer_numbers() if has_w8a8 else 0)
+        own or those of a graph for prompts beside it, and that graph's head. Two graphs that map a page count twice
+        in a resident set."""
+        size = self.table if "prefill" in self._native else 0
+        if "decoder" in self._native:
+            size += self._decoder_size() - (self._layer_numbers() if self._with_w8a8(self._decoders) else 0)
+        return size
 
     @property
     def mapped(self) -> int:
-        """The embedding is mapped and, where it is also the head, read for packing; the pages are given back when
-        all sessions are open. One per decoder graph that packs."""
+        """The embedding is mapped and, where it is also the head, read for packing, once per decoder graph that packs
+        it; our own kernels of W8A8 read their weights so. The pages are given back when all sessions are open."""
         widened = FP16_WIDENED if self.bundle.graphs["decoder"].precision == "fp16" else 1
-        return round(self.table * widened) * self._packing
+        size = round(self.table * widened) * self._packing
+        if "vision" in self._native:
+            patch_embedding = self._vision.patch_dim * self._vision.embed_dim * 4  # stays float
+            size += self._data_size("vision") - patch_embedding
+        own = [role for role in self._decoders if role in self._native]
+        return size + (self._layer_numbers() if self._with_w8a8(own) else 0)
 
-    def _packs_prompts(self) -> bool:
-        """Whether there is a graph for prompts, without our own kernels."""
-        return "prefill" in self.bundle.graphs and native_role(self.bundle, "prefill") is None
+    def _with_w8a8(self, roles: Sequence[str]) -> bool:
+        return any(self.bundle.graphs[role].precision == "int8" for role in roles)
 
     def _decoder_size(self) -> int:
         """The file of the decoder's weights, without an embedding that is not the head."""
@@ -182,7 +191,7 @@ class Planner:
         if not self._quantized:
             return 0
         numbers = self._packing * self._text.vocab_size * self._text.hidden_size
-        if not self._native and self.bundle.graphs["decoder"].precision != "int8":  # W8A8 layers have no blocks
+        if "decoder" not in self._native and not self._with_w8a8(["decoder"]):  # W8A8 layers have no blocks
             numbers += self._layer_numbers()
         return round(numbers / (self.bundle.options.get("block_size") or _QUANTIZED_BLOCK) * BLOCK_SUM_BYTES)
 
@@ -207,7 +216,8 @@ class Planner:
         """Activations of the largest call: all frames that go through the encoder at once."""
         per_frame = grid.h * grid.w
         patches = min(grid.t, max(1, _PATCHES_PER_CALL // per_frame)) * per_frame
-        units = VISION_UNITS_FP16 if self._vision_fp16 else VISION_UNITS
+        units = VISION_UNITS_NATIVE if "vision" in self._native else VISION_UNITS
+        units = VISION_UNITS_FP16 if self._vision_fp16 else units
         return round(units * patches * self._vision.embed_dim * 4)
 
     def embeds(self, image_tokens: int) -> int:
@@ -217,8 +227,9 @@ class Planner:
     def prefill(self, new_tokens: int) -> int:
         """Activations of the largest chunk of a prompt of which `new_tokens` are not in the cache."""
         t, chunk = self._text, min(new_tokens, self._chunk)
-        stream = PREFILL_WIDTHS * t.intermediate_size + PREFILL_STREAMS * t.hidden_size
-        return (chunk * stream + LOGITS_COPIES * t.vocab_size) * 4
+        widths = PREFILL_WIDTHS_NATIVE if self._decoders[0] in self._native else PREFILL_WIDTHS
+        stream = widths * t.intermediate_size + PREFILL_STREAMS * t.hidden_size
+        return round(chunk * stream + LOGITS_COPIES * t.vocab_size) * 4
 
     def cache(self, tokens: int) -> int:
         """Keys and values of one row; every head's run of tokens fills whole pages."""

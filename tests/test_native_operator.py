@@ -51,12 +51,12 @@ def library() -> Path:
     return usable_library()
 
 
-def run(content: bytes, x: np.ndarray, library: Path, threads: int = 1) -> np.ndarray:
+def run(content: bytes, x: np.ndarray, library: Path, threads: int = 1, **beside: np.ndarray) -> np.ndarray:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     options.register_custom_ops_library(str(library))
     session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {"x": x})[0])
+    return np.asarray(session.run(None, {"x": x, **beside})[0])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -74,6 +74,39 @@ def test_it_is_onnx_runtimes_own(library: Path, bits: int, block: int, extras: b
             np.testing.assert_array_equal(found[0], found[1])
             for y in (found[0], run(model(THEIRS, w), x, library)):
                 assert (np.abs(y.reshape(-1, n) - expected) <= off).all(), (n, k, shape)
+
+
+@pytest.mark.parametrize("which", [("gate",), ("residual",), ("gate", "residual")])
+@pytest.mark.parametrize("rows", [1, 29])
+def test_a_gate_and_a_residual(library: Path, rows: int, which: tuple[str, ...]) -> None:
+    """y × gate × sigmoid(gate) + residual; several tasks, of which the last is short."""
+    w = random_weights(4, 128, 150, 4096, zeros=True, bias=True)
+    rng = np.random.default_rng(rows)
+    x = rng.normal(size=(1, rows, 4096)).astype(np.float32)
+    beside = {name: (rng.normal(size=(1, rows, 150)) * 4).astype(np.float32) for name in which}
+    if "gate" in which:
+        beside["gate"][0, 0, :5] = [-200, 200, 0, -0.5, 88]
+    expected, off = product(w, x[0])
+    gate = beside["gate"][0].astype(np.float64) if "gate" in which else None
+    factor = 1 if gate is None else gate / (1 + np.exp(-np.maximum(gate, -700)))
+    residual = beside["residual"][0] if "residual" in which else 0
+    content = with_inputs(model(OURS, w), beside)
+    for threads in (1, 2):
+        y = run(content, x, library, threads, **beside)[0]
+        bound = off * np.abs(factor) + 5e-7 * (np.abs(expected * factor) + np.abs(residual))
+        assert (np.abs(y - (expected * factor + residual)) <= bound).all()
+    with pytest.raises(Exception, match="gate or residual is not of the output's shape"):
+        run(content, x, library, **{name: value[:, :, :40] for name, value in beside.items()})
+
+
+def with_inputs(content: bytes, beside: dict[str, np.ndarray]) -> bytes:
+    """The model with its product's last inputs."""
+    found = onnx.load_from_string(content)
+    names = [name if name in beside else "" for name in ("gate", "residual")]
+    found.graph.node[0].input.extend(names if names[1] else names[:1])
+    shape = ["batch", "sequence", "columns"]
+    found.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in beside)
+    return found.SerializeToString()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
@@ -187,11 +220,28 @@ def test_a_library_of_something_else(folder: Path, bundle: Bundle, capsys: pytes
     check_reason(r"_kernels.abi3.so cannot be loaded \(.*\); install edgevl again", bundle, capsys)
 
 
+def test_a_library_of_before(
+    folder: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built from older sources, as where a clone was updated and not installed again."""
+
+    def lacking(path: Path, name: str = "edgevl_instructions") -> str:
+        if name == "edgevl_instructions":
+            return "avx2"
+        raise AttributeError(f"undefined symbol: {name}")
+
+    (folder / "_kernels.abi3.so").touch()
+    monkeypatch.setattr(native_kernels, "_instructions", lacking)
+    check_reason(
+        r"cannot be loaded \(undefined symbol: edgevl_int8_instructions\); install edgevl again", bundle, capsys
+    )
+
+
 def test_a_processor_without_the_instructions(
     folder: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "_kernels.abi3.so").touch()
-    monkeypatch.setattr(native_kernels, "_instructions", lambda path: "")
+    monkeypatch.setattr(native_kernels, "_instructions", lambda *_: "")
     check_reason("this processor has none of the instructions that they know", bundle, capsys)
 
 
