@@ -25,9 +25,11 @@ _MOST_HEAD_DIM = 128
 
 
 def has_native_decoder(precision: Precision, checkpoint: Checkpoint) -> bool:
-    """Whether a decoder has products with weights in blocks that the kernels take, over a graph of float32."""
+    """Whether a decoder has products that the kernels take, over a graph of float32: all in blocks, or all of
+    W8A8, which fewer processors have kernels for."""
     layers = [q for name, q in checkpoint.layers.items() if name.startswith(DECODER_LAYERS)]
-    taken = all(q.kind == "int8" or q.block_size >= _LEAST_BLOCK for q in layers)
+    w8a8 = precision.linear.kind == "w8a8"
+    taken = all((q.kind == "int8") == w8a8 and (w8a8 or q.block_size >= _LEAST_BLOCK) for q in layers)
     return taken and precision.dtype == "float32" and precision.table.kind == "blocks"
 
 

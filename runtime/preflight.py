@@ -166,8 +166,9 @@ class Planner:
         widened = FP16_WIDENED if self.bundle.graphs["decoder"].precision == "fp16" else 1
         size = round(self.table * widened) * self._packing
         if "vision" in self._native:
-            patch_embedding = self._vision.patch_dim * self._vision.embed_dim * 4  # stays float
-            size += self._data_size("vision") - patch_embedding
+            v = self._vision
+            size += v.depth * (4 * v.embed_dim**2 + 2 * v.embed_dim * v.intermediate_size)
+            size += v.merged_dim**2 + v.merged_dim * v.hidden_size
         own = [role for role in self._decoders if role in self._native]
         return size + (self._layer_numbers() if self._with_w8a8(own) else 0)
 

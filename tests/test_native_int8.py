@@ -154,6 +154,13 @@ def test_a_product_refuses_what_it_cannot_multiply() -> None:
         run.run(None, {"x": np.zeros((1, 9), np.float32)})
     with pytest.raises(Exception, match="expected N and K of at least 1"):
         session("MatMulInt8", {"x": [1, 8]}, constants, K=0, N=4, quick_gelu=0, affine=0)
+    with pytest.raises(Exception, match=r"B is not \[K, N\]"):
+        session("MatMulInt8", {"x": [1, 8]}, constants, K=8, N=5, quick_gelu=0, affine=0)
+    short = session(
+        "MatMulInt8", {"x": [1, 8]}, constants | {"s": np.ones(3, np.float32)}, K=8, N=4, quick_gelu=0, affine=0
+    )
+    with pytest.raises(Exception, match="scales or bias has not N numbers"):
+        answer(short, {"x": np.zeros((1, 8), np.float32)})
     with pytest.raises(Exception, match="B is not a constant"):
         nodes = [
             helper.make_node("Cast", ["u"], ["w"], to=TensorProto.INT8),

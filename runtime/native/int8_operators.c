@@ -33,6 +33,7 @@ typedef struct {
     const Int8Kernels *kernels;
     Int8Weight weight; /* its codes and sums are ours, scales and bias the graph's, set for every call */
     int64_t quick_gelu, affine;
+    int checked; /* the sizes of scales and bias, which do not change from call to call */
 } Product;
 
 typedef struct {
@@ -57,12 +58,21 @@ static void multiply_task(void *data, size_t i) {
                                   last < call->weight.rows ? last : call->weight.rows);
 }
 
+static Status *check_sizes(Product *node, const KernelContext *context) {
+    const char *const mismatch = "edgevl.MatMulInt8: scales or bias has not N numbers";
+    CHECK(check_size(node->api, context, 2, node->weight.rows, mismatch));
+    CHECK(check_size(node->api, context, 3, node->weight.rows, mismatch));
+    node->checked = 1;
+    return NULL;
+}
+
 static Status *multiply(void *kernel, KernelContext *context) {
-    const Product *node = kernel;
+    Product *node = kernel;
     const Api api = node->api;
     ProductCall call = {.node = node, .weight = node->weight};
     Int8Weight *w = &call.weight;
     int64_t rows = 0;
+    if (!node->checked) CHECK(check_sizes(node, context));
     CHECK(input_data(api, context, 0, &call.x));
     CHECK(input_data(api, context, 2, &w->scales));
     CHECK(input_data(api, context, 3, &w->bias));
@@ -84,6 +94,18 @@ static Status *multiply(void *kernel, KernelContext *context) {
     return status;
 }
 
+static Status *check_shape(Api api, const Value *value, const Int8Weight *w) {
+    ShapeInfo *shape = NULL;
+    int64_t dims[2] = {0, 0};
+    size_t count = 0;
+    CHECK(GetTensorTypeAndShape(api)(value, &shape));
+    Status *status = GetDimensionsCount(api)(shape, &count);
+    if (status == NULL && count == 2) status = GetDimensions(api)(shape, dims, 2);
+    ReleaseTensorTypeAndShapeInfo(api)(shape);
+    if (status != NULL || (dims[0] == w->columns && dims[1] == w->rows)) return status;
+    return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulInt8: B is not [K, N]");
+}
+
 /* The weight laid out anew, which the kernels read in one stream; the graph's own is not touched again. */
 static Status *pack(Api api, const KernelInfo *info, const Int8Kernels *kernels, Int8Weight *w) {
     const Value *value = NULL;
@@ -91,6 +113,7 @@ static Status *pack(Api api, const KernelInfo *info, const Int8Kernels *kernels,
     void *from = NULL;
     CHECK(KernelInfoGetConstantInput_tensor(api)(info, 1, &constant, &value));
     if (!constant) return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulInt8: B is not a constant");
+    CHECK(check_shape(api, value, w));
     CHECK(GetTensorMutableData(api)((Value *)value, &from));
     int8_t *codes = aligned_alloc(64, padded_rows(w) * padded_columns(w));
     int32_t *sums = aligned_alloc(64, padded_rows(w) * sizeof(int32_t));

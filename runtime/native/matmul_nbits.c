@@ -80,6 +80,7 @@ typedef struct {
     Api api;
     const Kernels *kernels;
     int64_t rows, columns, block, bits;
+    int checked; /* the sizes of the weight's parts, which do not change from call to call */
 } Node;
 
 typedef struct {
@@ -109,8 +110,19 @@ static void multiply_task(void *data, size_t i) {
                                           call->residual ? call->residual + at : NULL, call->y + at, last - first);
 }
 
+static Status *check_sizes(Node *node, const KernelContext *context, const Weight *w) {
+    const char *const mismatch = "edgevl.MatMulNBits: B, scales, zero_points or bias is not of the size that N, K, bits "
+                                 "and block_size say";
+    CHECK(check_size(node->api, context, 1, w->rows * weight_row_bytes(w), mismatch));
+    CHECK(check_size(node->api, context, 2, w->rows * w->blocks, mismatch));
+    CHECK(check_size(node->api, context, 3, w->rows * ((w->blocks * w->bits + 7) / 8), mismatch));
+    CHECK(check_size(node->api, context, BIAS, w->rows, mismatch));
+    node->checked = 1;
+    return NULL;
+}
+
 static Status *compute(void *kernel, KernelContext *context) {
-    const Node *node = kernel;
+    Node *node = kernel;
     const Api api = node->api;
     Call call = {.node = node};
     Weight *w = &call.weight;
@@ -118,6 +130,7 @@ static Status *compute(void *kernel, KernelContext *context) {
     int64_t rows = 0;
     w->rows = node->rows, w->columns = node->columns, w->bits = (int)node->bits, w->block = (int)node->block;
     w->blocks = up_to(w->columns, w->block) / w->block;
+    if (!node->checked) CHECK(check_sizes(node, context, w));
     CHECK(input_data(api, context, 0, &call.x));
     CHECK(input_data(api, context, 1, &w->codes));
     CHECK(input_data(api, context, 2, &w->scales));

@@ -39,6 +39,19 @@ static inline Status *input_shape(Api api, const KernelContext *context, size_t 
     return status;
 }
 
+/* Refuses a present input of another number of elements. */
+static inline Status *check_size(Api api, const KernelContext *context, size_t index, int64_t wanted,
+                                 const char *mismatch) {
+    const Value *value = NULL;
+    CHECK(KernelContext_GetInput(api)(context, index, &value));
+    if (value == NULL) return NULL;
+    int64_t dims[MOST_DIMENSIONS], size = 1;
+    size_t count = 0;
+    CHECK(input_shape(api, context, index, dims, &count));
+    for (size_t axis = 0; axis < count; axis++) size *= dims[axis];
+    return size == wanted ? NULL : CreateStatus(api)(ABI_INVALID_ARGUMENT, mismatch);
+}
+
 static inline Status *output_data(Api api, KernelContext *context, const int64_t *dims, size_t count, float **y) {
     Value *output = NULL;
     CHECK(KernelContext_GetOutput(api)(context, 0, dims, count, &output));
