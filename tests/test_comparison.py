@@ -24,6 +24,7 @@ from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.generation import VisionLanguageModel
 from edgevl.runtime.mrope import rotary_rows
+from edgevl.runtime.native_kernels import SWITCH
 from edgevl.runtime.prompt import collect_vision
 from edgevl.runtime.vision import VisionStage
 from edgevl.tasks import TASKS
@@ -56,7 +57,9 @@ def rounded_by_hand(x: torch.Tensor, scale: float | None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("vision", ["int8", "int8-static"])
-def test_vision_activations_are_rounded(vision: str, tmp_path: Path) -> None:
+def test_vision_activations_are_rounded(vision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ONNX Runtime's own operators: attention in int8, which our kernels have beside, is not part of a report."""
+    monkeypatch.setenv(SWITCH, "off")
     source = SampleSource(DEMO)
     samples, asked = [source.sample(c) for c in conversations("calibration", 8)], conversations("test", 6)
     held_out = [source.sample(c) for c in asked]
