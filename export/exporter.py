@@ -21,14 +21,7 @@ from edgevl.export.graph import DataFile
 from edgevl.export.precision import Precision
 from edgevl.export.targets import TARGETS, Target, find_target
 from edgevl.export.vision_encoder import write_vision_encoder
-from edgevl.runtime.bundle import (
-    MANIFEST,
-    OPENVINO_PREFILL,
-    Bundle,
-    FileEntry,
-    GraphEntry,
-    file_sha256,
-)
+from edgevl.runtime.bundle import MANIFEST, OPENVINO_PREFILL, Bundle, FileEntry, GraphEntry, file_sha256
 from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint, expected_shapes
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, InputError

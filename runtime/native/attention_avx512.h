@@ -24,7 +24,7 @@ static void fetch_row(const Attention *a, int64_t head, int64_t row, int part) {
     for (int64_t i = 0; i < a->dim * (int64_t)sizeof(float); i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
 }
 
-/* One head's row of q or k, rotated: [x1 cos - x2 sin, x2 cos + x1 sin], its largest magnitude returned. */
+/* One head's row of q or k, rotated and multiplied: factor × [x1 cos - x2 sin, x2 cos + x1 sin]. */
 static void rotate_row(const Attention *a, const float *restrict x, int64_t position, float factor,
                        float *restrict out) {
     const int64_t half = a->dim / 2;
@@ -97,12 +97,7 @@ INLINE void interleave_values(const float *const rows[4], const float *inverse, 
             const __m512 x = rows[k] ? _mm512_maskz_loadu_ps(mask, rows[k] + i) : _mm512_setzero_ps();
             r[k] = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_loadu_ps(inverse + i))));
         }
-        const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
-        const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
-        const __m128i parts[4] = {_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(c, d),
-                                  _mm_unpackhi_epi16(c, d)};
-        UNROLL for (int k = 0; k < 4; k++)
-            _mm_storeu_si128((__m128i *)(to + i * 4 + k * 16), parts[k]);
+        _mm512_storeu_si512(to + i * 4, interleave(r));
     }
 }
 

@@ -27,6 +27,16 @@ INLINE __m512i broadcast_4(const void *bytes) {
     return _mm512_set1_epi32(four);
 }
 
+/* Four rows of 16 bytes as 16 dwords, each of one byte of every row. */
+INLINE __m512i interleave(const __m128i r[4]) {
+    const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
+    const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
+    __m512i out = _mm512_castsi128_si512(_mm_unpacklo_epi16(a, b));
+    out = _mm512_inserti32x4(out, _mm_unpackhi_epi16(a, b), 1);
+    out = _mm512_inserti32x4(out, _mm_unpacklo_epi16(c, d), 2);
+    return _mm512_inserti32x4(out, _mm_unpackhi_epi16(c, d), 3);
+}
+
 /* 2^x within 2e-7 of itself, for any x that float has a result for (Cody and Waite's reduction, a Taylor series). */
 INLINE __m512 exp2_ps(__m512 x) {
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

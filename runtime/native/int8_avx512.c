@@ -43,19 +43,6 @@ static void round_rows(const Int8Weight *w, const float *x, const Int8Rows *to, 
     }
 }
 
-/* Four columns of 16 outputs, [4][16] bytes `stride` apart, as 16 dwords of four. */
-INLINE __m512i interleave(const int8_t *from, int64_t stride, int64_t columns, __mmask16 mask) {
-    __m128i r[4];
-    UNROLL for (int i = 0; i < 4; i++)
-        r[i] = i < columns ? _mm_maskz_loadu_epi8(mask, from + i * stride) : _mm_setzero_si128();
-    const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpacklo_epi8(r[2], r[3]);
-    const __m128i c = _mm_unpackhi_epi8(r[0], r[1]), d = _mm_unpackhi_epi8(r[2], r[3]);
-    __m512i out = _mm512_castsi128_si512(_mm_unpacklo_epi16(a, b));
-    out = _mm512_inserti32x4(out, _mm_unpackhi_epi16(a, b), 1);
-    out = _mm512_inserti32x4(out, _mm_unpacklo_epi16(c, d), 2);
-    return _mm512_inserti32x4(out, _mm_unpackhi_epi16(c, d), 3);
-}
-
 /* By columns on the outside: the source is read once, from its beginning to its end. */
 static void pack(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t *sums) {
     const int64_t rows = padded_rows(w), columns = padded_columns(w);
@@ -64,7 +51,11 @@ static void pack(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t
         for (int64_t n = 0; n < rows; n += 16) {
             const __mmask16 mask = first_of_16(w->rows - n);
             const int8_t *at = from + column * w->rows + (mask ? n : 0);
-            const __m512i four = interleave(at, w->rows, w->columns - column, mask);
+            __m128i columns_of_16[4];
+            UNROLL for (int i = 0; i < 4; i++)
+                columns_of_16[i] = column + i < w->columns ? _mm_maskz_loadu_epi8(mask, at + i * w->rows)
+                                                           : _mm_setzero_si128();
+            const __m512i four = interleave(columns_of_16);
             _mm512_store_si512(codes + n / OUTPUTS * OUTPUTS * columns + column * OUTPUTS + n % OUTPUTS * 4, four);
             const __m512i sum = _mm512_dpbusd_epi32(_mm512_load_si512(sums + n), _mm512_set1_epi8(1), four);
             _mm512_store_si512(sums + n, sum);

@@ -111,8 +111,8 @@ static void multiply_task(void *data, size_t i) {
 }
 
 static Status *check_sizes(Node *node, const KernelContext *context, const Weight *w) {
-    const char *const mismatch = "edgevl.MatMulNBits: B, scales, zero_points or bias is not of the size that N, K, bits "
-                                 "and block_size say";
+    const char *const mismatch = "edgevl.MatMulNBits: B, scales, zero_points or bias is not of the size that N, K, "
+                                 "bits and block_size say";
     CHECK(check_size(node->api, context, 1, w->rows * weight_row_bytes(w), mismatch));
     CHECK(check_size(node->api, context, 2, w->rows * w->blocks, mismatch));
     CHECK(check_size(node->api, context, 3, w->rows * ((w->blocks * w->bits + 7) / 8), mismatch));

@@ -39,16 +39,23 @@ static inline Status *input_shape(Api api, const KernelContext *context, size_t 
     return status;
 }
 
+static inline Status *input_size(Api api, const KernelContext *context, size_t index, int64_t *size) {
+    int64_t dims[MOST_DIMENSIONS];
+    size_t count = 0;
+    CHECK(input_shape(api, context, index, dims, &count));
+    *size = 1;
+    for (size_t axis = 0; axis < count; axis++) *size *= dims[axis];
+    return NULL;
+}
+
 /* Refuses a present input of another number of elements. */
 static inline Status *check_size(Api api, const KernelContext *context, size_t index, int64_t wanted,
                                  const char *mismatch) {
     const Value *value = NULL;
+    int64_t size = 0;
     CHECK(KernelContext_GetInput(api)(context, index, &value));
     if (value == NULL) return NULL;
-    int64_t dims[MOST_DIMENSIONS], size = 1;
-    size_t count = 0;
-    CHECK(input_shape(api, context, index, dims, &count));
-    for (size_t axis = 0; axis < count; axis++) size *= dims[axis];
+    CHECK(input_size(api, context, index, &size));
     return size == wanted ? NULL : CreateStatus(api)(ABI_INVALID_ARGUMENT, mismatch);
 }
 
@@ -75,18 +82,12 @@ static inline Status *open_product(Api api, KernelContext *context, int64_t colu
 /* An optional input that has as many numbers as the product's output. */
 static inline Status *like_output(Api api, const KernelContext *context, size_t index, int64_t columns, int64_t outputs,
                                   const float **data) {
+    int64_t size = 0;
     CHECK(input_data(api, context, index, data));
     if (*data == NULL) return NULL;
-    int64_t sizes[2] = {1, 1};
-    for (int i = 0; i < 2; i++) {
-        int64_t dims[MOST_DIMENSIONS];
-        size_t count = 0;
-        CHECK(input_shape(api, context, i == 0 ? 0 : index, dims, &count));
-        for (size_t axis = 0; axis < count; axis++) sizes[i] *= dims[axis];
-    }
-    if (sizes[0] / columns * outputs != sizes[1])
-        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl: gate or residual is not of the output's shape");
-    return NULL;
+    CHECK(input_size(api, context, 0, &size));
+    return check_size(api, context, index, size / columns * outputs,
+                      "edgevl: gate or residual is not of the output's shape");
 }
 
 static inline Status *parallel(Api api, KernelContext *context, void (*task)(void *, size_t), int64_t count,
