@@ -26,7 +26,7 @@ __all__ = ["Operator", "operator_shares", "operator_table", "read_trace"]
 
 _KERNEL = "_kernel_time"
 # In a graph for our own kernels; a trace does not tell whose an operator is.
-_OWN = ("MatMulNBits", "MatMulInt8", "FrameAttention")
+_OWN = ("CausalAttention", "MatMulNBits", "MatMulInt8", "FrameAttention")
 _BRANCHES = "If"  # its own time is that of the nodes in its branch, which the trace has too
 
 

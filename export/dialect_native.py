@@ -17,11 +17,14 @@ from edgevl.export.graph import EDGEVL
 from edgevl.export.precision import Precision
 from edgevl.export.weights import BlockWeights
 from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint
+from edgevl.runtime.config import TextConfig
+from edgevl.runtime.graph_spec import CACHE_KEY, CACHE_VALUE
 
 __all__ = ["NativeDialect", "has_native_decoder", "has_native_vision"]
 
 _LEAST_BLOCK = 32
 _MOST_HEAD_DIM = 128
+_HEAD_DIM_UNIT, _MOST_GROUP = 16, 96  # of attention in a decoder
 
 
 def has_native_decoder(precision: Precision, checkpoint: Checkpoint) -> bool:
@@ -39,6 +42,12 @@ def has_native_vision(precision: Precision, checkpoint: Checkpoint) -> bool:
     layers = [q for name, q in checkpoint.layers.items() if name.startswith("visual.")]
     dynamic = all(q.kind == "int8" and q.input_scale is None for q in layers)
     return precision.linear.kind == "w8a8" and dynamic and vision.head_dim <= _MOST_HEAD_DIM
+
+
+def _attends(text: TextConfig, precision: Precision) -> bool:
+    """Whether the kernels take the heads and the cache of a decoder."""
+    fits = text.head_dim % _HEAD_DIM_UNIT == 0 and text.head_dim <= _MOST_HEAD_DIM
+    return fits and precision.cache != "int8" and text.num_attention_heads <= _MOST_GROUP * text.num_key_value_heads
 
 
 class NativeDialect(OrtDialect):
@@ -90,6 +99,24 @@ class NativeDialect(OrtDialect):
         return node if node is not None and node.domain == EDGEVL and node.op_type.startswith("MatMul") else None
 
     # ------------------------------------------------------------------ attention
+
+    def causal_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
+        t = self._config.text
+        if not _attends(t, self._precision):
+            return super().causal_attention(q, k, v, layer)
+        given: list[ir.Value | None] = [q, k, v]
+        split = q.producer()
+        if split is not None and split.op_type == "Split":  # read where the merged product left them
+            given = [split.inputs[0], None, None]
+            self.builder.drop(split)
+        names = [pattern.format(kind="{kind}", layer=layer) for pattern in (CACHE_KEY, CACHE_VALUE)]
+        inputs = [self.input(n) for n in ("rotary_cos", "rotary_sin", *(n.format(kind="past") for n in names))]
+        inputs.append(self.input("seqlens_k"))
+        attributes = {"num_heads": t.num_attention_heads, "kv_num_heads": t.num_key_value_heads}
+        y, *present = self.builder.op("CausalAttention", [*given, *inputs], attributes, domain=EDGEVL, outputs=3)
+        for name, value in zip(names, present):
+            self.output(name.format(kind="present"), value)
+        return y
 
     def frame_attention(self, x: ir.Value, qkv: str) -> ir.Value:
         inputs = [self._product(x, [qkv], True), self.input("rotary_cos"), self.input("rotary_sin")]

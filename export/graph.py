@@ -166,6 +166,12 @@ class GraphBuilder:
         self._domains.add(domain)
         return node.outputs if outputs > 1 else node.outputs[0]
 
+    def drop(self, node: ir.Node) -> None:
+        """Take back a node whose outputs nothing uses."""
+        if any(value.uses() for value in node.outputs):
+            raise ValueError(f"{node.name} is used")
+        self._nodes.remove(node)
+
     def either(
         self,
         condition: ir.Value,

@@ -2,15 +2,19 @@
 
 `runtime/native` is C, built as edgevl is installed where a C compiler is found; everything works without it, more
 slowly. The library registers its operators with a session: `edgevl.MatMulNBits`, products with weights of 4 and 8 bits
-read where they lie in the bundle's mapped file, and `edgevl.MatMulInt8` and `edgevl.FrameAttention` for W8A8.
+read where they lie in the bundle's mapped file, `edgevl.CausalAttention` over a decoder's cache, and
+`edgevl.MatMulInt8` and `edgevl.FrameAttention` for W8A8.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 from edgevl.runtime.bundle import NATIVE_DECODER, NATIVE_ROLES, Bundle
 from edgevl.runtime.errors import EngineError, InputError
@@ -20,6 +24,7 @@ __all__ = [
     "describe_kernels",
     "has_int8_kernels",
     "kernel_instructions",
+    "memory_reader",
     "native_library",
     "native_role",
     "uses_native_kernels",
@@ -28,6 +33,7 @@ __all__ = [
 SWITCH = "EDGEVL_KERNELS"  # environment: "off" leaves the kernels out
 _NAME = "_kernels*.so"
 _INT8 = "edgevl_int8_instructions"
+_LINE = 64  # bytes of a cache line
 
 
 def native_library() -> Path:
@@ -83,6 +89,16 @@ def native_role(bundle: Bundle, role: str) -> str | None:
 def uses_native_kernels(bundle: Bundle) -> bool:
     """Whether its decoder is the graph with our own products, see `native_role`."""
     return native_role(bundle, "decoder") is not None
+
+
+def memory_reader() -> Callable[[np.ndarray], object]:
+    """What reads an array of whole cache lines as fast as the products read weights; for benchmarks, and for threads.
+
+    Raises: as `native_library`.
+    """
+    function = ctypes.CDLL(str(native_library())).edgevl_read_memory
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
+    return lambda array: function(array.ctypes.data, array.nbytes // _LINE * (_LINE // 8))
 
 
 @cache

@@ -1,9 +1,9 @@
-"""A slow, obvious oracle of products with weights in blocks, and the library's own through ctypes."""
+"""Slow, obvious oracles of products with weights in blocks and of attention, and the library's own through ctypes."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,3 +162,103 @@ def try_to_multiply(
     if function(name.encode(), ctypes.byref(weight), rows.ctypes.data, len(x), y.ctypes.data):
         return None
     return y.copy()
+
+
+@dataclass
+class Tokens:
+    """New tokens and the cache that they are written to, float32.
+
+    q [B, S, H, d], k and v [B, S, G, d], cos and sin [B, S, d / 2], keys and values [B, G, capacity, d], last int32
+    [B]: where each row's last new token goes.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    cos: np.ndarray
+    sin: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    last: np.ndarray
+
+
+def random_tokens(
+    heads: int, groups: int, dim: int, count: int, past: Sequence[int], capacity: int, size: float = 1.0
+) -> Tokens:
+    """As many rows as `past` has numbers of old tokens; behind each row's tokens the cache is full of NaN."""
+    rng, batch = np.random.default_rng([heads, groups, dim, count, *past]), len(past)
+    angles = rng.uniform(-7, 7, (batch, count, dim // 2))
+    kept = rng.normal(size=(2, batch, groups, capacity, dim)).astype(np.float32) * np.float32(size)
+    for row, n in enumerate(past):
+        kept[:, row, :, n:] = np.nan
+    shapes = (batch, count, heads, dim), (batch, count, groups, dim), (batch, count, groups, dim)
+    q, k, v = (rng.normal(size=shape).astype(np.float32) * np.float32(size) for shape in shapes)
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    return Tokens(q, k, v, cos, sin, *kept, np.array(past, np.int32) + count - 1)
+
+
+def attention(t: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(output [B, S, H, d], keys, values, all in float64, and what float32 may be off by in each row [B, S, H, 1]).
+
+    "Attention is all you need" (Vaswani et al. 2017, 3.2.1), causal, rotated in halves (transformers' rotate_half).
+    An error in a score makes as large a relative one in its weight; a sum of d products in float32 is off by some √d
+    units of the sum of their magnitudes.
+    """
+    (batch, count, heads, dim), groups = t.q.shape, t.k.shape[2]
+    q, k = rotated(t.q, t.cos, t.sin), rotated(t.k, t.cos, t.sin)
+    keys, values = t.keys.astype(np.float64), t.values.astype(np.float64)
+    out, off = np.zeros(q.shape), np.zeros((batch, count, heads, 1))
+    for b in range(batch):
+        first = int(t.last[b]) + 1 - count
+        keys[b, :, first : first + count] = k[b].transpose(1, 0, 2)
+        values[b, :, first : first + count] = t.v[b].transpose(1, 0, 2)
+        for s in range(count):
+            for h in range(heads):
+                seen = keys[b, h // (heads // groups), : first + s + 1], values[b, h // (heads // groups)]
+                scores = seen[0] @ q[b, s, h] / dim**0.5
+                weights = np.exp(scores - scores.max())
+                weights /= weights.sum()
+                out[b, s, h] = weights @ seen[1][: first + s + 1]
+                magnitude = (np.abs(seen[0]) @ np.abs(q[b, s, h])).max() / dim**0.5
+                error = 4 * dim**0.5 * EPSILON * magnitude + 2e-6  # of a score, and of 2^x and of sums
+                off[b, s, h] = error * np.abs(seen[1][: first + s + 1]).max()
+    return out, keys, values, off
+
+
+def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """x [B, S, heads, d] by cos and sin [B, S, d / 2], in float64."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half].astype(np.float64), x[..., half:].astype(np.float64)
+    c, s = cos[:, :, None].astype(np.float64), sin[:, :, None].astype(np.float64)
+    return np.concatenate([first * c - second * s, second * c + first * s], -1)
+
+
+class _Causal(ctypes.Structure):
+    """Of runtime/native/causal.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v")),
+        *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "last", "keys", "values", "packed", "out")),
+        *((name, ctypes.c_int64) for name in ("batch", "count", "groups", "heads", "capacity", "blocks", "dim")),
+        ("scale", ctypes.c_float),
+    )
+
+
+def attend(name: str, t: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(output [B, S, H, d], keys, values) by the kernels `name`; skips the test as `multiply` does."""
+    (batch, count, heads, dim), groups, capacity = t.q.shape, t.k.shape[2], t.keys.shape[2]
+    given = [np.ascontiguousarray(a) for a in (t.q, t.k, t.v, t.cos, t.sin, t.last)]
+    keys, values, out = t.keys.copy(), t.values.copy(), np.full(t.q.shape, np.nan, np.float32)
+    q, k, v, cos, sin, last = (a.ctypes.data for a in given)
+    strides, sizes = (
+        (heads * dim, groups * dim, groups * dim),
+        (batch, count, groups, heads // groups, capacity, 0, dim),
+    )
+    places = keys.ctypes.data, values.ctypes.data, None, out.ctypes.data
+    call = _Causal(q, k, v, *strides, cos, sin, last, *places, *sizes, 0)
+    function = ctypes.CDLL(str(library_path())).edgevl_attend
+    function.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
+    if function(name.encode(), ctypes.byref(call)):
+        pytest.skip(f"this processor has no {name}, or the library was built for another kind of processor")
+    return out, keys, values

@@ -60,13 +60,14 @@ static void rotate_keys(const Attention *a, int64_t head, float *rotated, float 
     }
 }
 
-static void prepare_head_keys(const Attention *a, int64_t head) {
+static int prepare_head_keys(const Attention *a, int64_t head) {
     const int64_t padded = padded_dim(a), room = padded_length(a);
     uint8_t *keys = a->keys + head * room * padded;
     float *scales = a->key_scales + head * room, *limits = a->key_limits + head * room;
     float mean[MOST_DIM], row[MOST_DIM];
     float *rotated = aligned_alloc(64, a->length * padded * sizeof(float));
     int8_t codes[MOST_DIM];
+    if (rotated == NULL) return 0;
     rotate_keys(a, head, rotated, mean);
     memset(keys, 128, room * padded);
     for (int64_t n = 0; n < room; n++) {
@@ -83,6 +84,7 @@ static void prepare_head_keys(const Attention *a, int64_t head) {
         }
     }
     free(rotated);
+    return 1;
 }
 
 /* Where `weigh` puts four neighbouring codes, in fours: its packing takes a row of four registers as a column. */
@@ -128,9 +130,9 @@ static void prepare_head_values(const Attention *a, int64_t head) {
     }
 }
 
-static void prepare_keys(const Attention *a, int64_t head) {
-    prepare_head_keys(a, head);
+static int prepare_keys(const Attention *a, int64_t head) {
     prepare_head_values(a, head);
+    return prepare_head_keys(a, head);
 }
 
 /* A block of queries, and what has been seen of their keys so far. */
@@ -265,14 +267,13 @@ INLINE void add_block(const Attention *a, int64_t head, int64_t block, Queries *
 INLINE void attend_in(const Attention *a, int64_t head, int64_t block, int registers) {
     const int64_t first = block * QUERIES, blocks = key_blocks(a);
     const int64_t count = a->length - first < QUERIES ? a->length - first : QUERIES;
-    Queries *q = aligned_alloc(64, (sizeof(Queries) + 63) / 64 * 64);
-    open_queries(a, head, first, count, q);
-    for (int64_t b = 0; b < blocks; b++) add_block(a, head, b, q, count, registers);
+    Queries q;
+    open_queries(a, head, first, count, &q);
+    for (int64_t b = 0; b < blocks; b++) add_block(a, head, b, &q, count, registers);
     for (int64_t m = 0; m < count; m++) {
         float *out = a->out + (head / a->heads * a->length + first + m) * a->heads * a->dim + head % a->heads * a->dim;
-        for (int64_t i = 0; i < a->dim; i++) out[i] = q->sums[m][i] / q->totals[m];
+        for (int64_t i = 0; i < a->dim; i++) out[i] = q.sums[m][i] / q.totals[m];
     }
-    free(q);
 }
 
 static void attend(const Attention *a, int64_t head, int64_t block) {

@@ -3,7 +3,10 @@
 
 #include <stdint.h>
 
-enum { OUTPUTS = 32 }; /* of one tile of a packed weight */
+enum {
+    OUTPUTS = 32, /* of one tile of a packed weight */
+    DEPTH = 512,  /* columns of a tile that stay in the first-level cache; rows of x lie in pieces of as many */
+};
 
 /* y = activation(x Wᵀ + bias), x rounded to 8 bits with one scale per row. */
 typedef struct {
@@ -19,10 +22,10 @@ typedef struct {
 } Int8Weight;
 
 typedef struct {
-    uint8_t *codes;  /* [rows, stride] */
+    uint8_t *codes;  /* [pieces, rows, DEPTH] */
     float *scales;   /* [rows] */
     int32_t *zeros;  /* [rows]: the code of 0, 128 where it is the middle */
-    int64_t rows, stride;
+    int64_t rows;
 } Int8Rows;
 
 /* Every frame attends to itself, without a mask. Queries and keys are rotated here. */
@@ -50,7 +53,7 @@ typedef struct {
     void (*round)(const Int8Weight *w, const float *x, const Int8Rows *to, int64_t first, int64_t last);
     void (*multiply)(const Int8Weight *w, const Int8Rows *x, float *y, int64_t first, int64_t last);
     /* head: frame × heads + head; block: of QUERIES rows. */
-    void (*prepare)(const Attention *a, int64_t head);
+    int (*prepare)(const Attention *a, int64_t head); /* 0: no memory */
     void (*attend)(const Attention *a, int64_t head, int64_t block);
 } Int8Kernels;
 

@@ -10,7 +10,6 @@
 enum {
     AHEAD = 8192,     /* bytes: the hardware's prefetcher alone leaves half of the bandwidth unused */
     TILE_ROWS = 12,   /* rows of x whose sums fit into the registers beside them */
-    DEPTH = 512,      /* columns of a tile that stay in the first-level cache */
     MOST_ROWS = 384,  /* rows of x that stay in the second-level cache */
 };
 
@@ -34,11 +33,12 @@ static void round_rows(const Int8Weight *w, const float *x, const Int8Rows *to, 
         to->scales[m] = row_scale(row, w->columns, w->affine, to->zeros + m);
         const __m512 inverse = _mm512_set1_ps(1 / to->scales[m]);
         const __m512i zero = _mm512_set1_epi32(to->zeros[m]), none = _mm512_setzero_si512();
-        for (int64_t k = 0; k < to->stride; k += 16) {
+        for (int64_t k = 0; k < w->columns; k += 16) {
             const __mmask16 mask = first_of_16(w->columns - k);
             const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, mask ? row + k : row), inverse);
             const __m512i code = _mm512_max_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(scaled), zero), none);
-            _mm_storeu_si128((__m128i *)(to->codes + m * to->stride + k), _mm512_cvtusepi32_epi8(code));
+            uint8_t *piece = to->codes + (k / DEPTH * to->rows + m) * DEPTH;
+            _mm_storeu_si128((__m128i *)(piece + k % DEPTH), _mm512_cvtusepi32_epi8(code));
         }
     }
 }
@@ -63,8 +63,7 @@ static void pack(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t
 }
 
 /* sums [rows, OUTPUTS] += x [rows, 4 × steps] by the tile. */
-INLINE void multiply_tile(const int8_t *tile, const uint8_t *x, int64_t stride, int64_t steps, int count,
-                          int32_t *sums) {
+INLINE void multiply_tile(const int8_t *tile, const uint8_t *x, int64_t steps, int count, int32_t *sums) {
     __m512i d[TILE_ROWS][2];
     UNROLL for (int i = 0; i < count; i++)
         for (int half = 0; half < 2; half++) d[i][half] = _mm512_load_si512(sums + i * OUTPUTS + half * 16);
@@ -73,7 +72,7 @@ INLINE void multiply_tile(const int8_t *tile, const uint8_t *x, int64_t stride, 
         if (count <= 4) _mm_prefetch((const char *)tile + j * 128 + 64 + AHEAD, _MM_HINT_T1);
         const __m512i v0 = _mm512_load_si512(tile + j * 128), v1 = _mm512_load_si512(tile + j * 128 + 64);
         UNROLL for (int i = 0; i < count; i++) {
-            const __m512i a = broadcast_4(x + i * stride + 4 * j);
+            const __m512i a = broadcast_4(x + i * DEPTH + 4 * j);
             d[i][0] = _mm512_dpbusd_epi32(d[i][0], a, v0);
             d[i][1] = _mm512_dpbusd_epi32(d[i][1], a, v1);
         }
@@ -111,8 +110,8 @@ static void store_rows(const Int8Weight *w, const Int8Rows *x, float *y, int64_t
 }
 
 static void multiply(const Int8Weight *w, const Int8Rows *x, float *y, int64_t first, int64_t last) {
-    const int64_t room = x->rows < MOST_ROWS ? x->rows : MOST_ROWS, columns = padded_columns(w);
-    int32_t *sums = aligned_alloc(64, room * OUTPUTS * sizeof(int32_t));
+    const int64_t columns = padded_columns(w);
+    int32_t sums[MOST_ROWS * OUTPUTS] __attribute__((aligned(64)));
     for (int64_t start = 0; start < x->rows; start += MOST_ROWS)
         for (int64_t n = first; n < last; n += OUTPUTS) {
             const int64_t stop = start + MOST_ROWS < x->rows ? start + MOST_ROWS : x->rows;
@@ -120,19 +119,17 @@ static void multiply(const Int8Weight *w, const Int8Rows *x, float *y, int64_t f
             for (int64_t column = 0; column < columns; column += DEPTH) {
                 const int64_t left = columns - column, steps = (left < DEPTH ? left : DEPTH) / 4;
                 const int8_t *tile = w->codes + n * columns + column * OUTPUTS;
-                const uint8_t *codes = x->codes + column;
+                const uint8_t *codes = x->codes + (column / DEPTH * x->rows + start) * DEPTH;
                 int32_t *to = sums;
                 int64_t m = start;
-                for (; m + TILE_ROWS <= stop; m += TILE_ROWS, to += TILE_ROWS * OUTPUTS)
-                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, TILE_ROWS, to);
-                for (; m + 4 <= stop; m += 4, to += 4 * OUTPUTS)
-                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, 4, to);
-                for (; m < stop; m++, to += OUTPUTS)
-                    multiply_tile(tile, codes + m * x->stride, x->stride, steps, 1, to);
+                for (; m + TILE_ROWS <= stop; m += TILE_ROWS, codes += TILE_ROWS * DEPTH, to += TILE_ROWS * OUTPUTS)
+                    multiply_tile(tile, codes, steps, TILE_ROWS, to);
+                for (; m + 4 <= stop; m += 4, codes += 4 * DEPTH, to += 4 * OUTPUTS)
+                    multiply_tile(tile, codes, steps, 4, to);
+                for (; m < stop; m++, codes += DEPTH, to += OUTPUTS) multiply_tile(tile, codes, steps, 1, to);
             }
             store_rows(w, x, y, start, stop, n, last - n < OUTPUTS ? last - n : OUTPUTS, sums);
         }
-    free(sums);
 }
 
 const Int8Kernels int8_avx512 = {"avx512-vnni", has_avx512_vnni, pack, round_rows, multiply,

@@ -10,7 +10,7 @@ enum {
     ROWS_AT_A_TIME = 16, /* to round */
 };
 
-static const Int8Kernels *usable_kernels(void) {
+static const Int8Kernels *usable_int8_kernels(void) {
 #ifdef NBITS_X86
     if (int8_avx512.supported()) return &int8_avx512;
 #endif
@@ -19,7 +19,7 @@ static const Int8Kernels *usable_kernels(void) {
 
 /* As edgevl_instructions, of these operators. */
 EXPORT const char *edgevl_int8_instructions(void) {
-    const Int8Kernels *kernels = usable_kernels();
+    const Int8Kernels *kernels = usable_int8_kernels();
     return kernels == NULL ? NULL : kernels->name;
 }
 
@@ -81,8 +81,8 @@ static Status *multiply(void *kernel, KernelContext *context) {
     CHECK(open_product(api, context, w->columns, w->rows, "edgevl.MatMulInt8: the last axis of A is not K", &rows,
                        &call.y));
     if (rows == 0) return NULL;
-    call.rounded.rows = rows, call.rounded.stride = up_to(w->columns, 64);
-    const size_t codes = rows * call.rounded.stride, numbers = up_to(rows * sizeof(float), 64);
+    call.rounded.rows = rows;
+    const size_t codes = rows * up_to(w->columns, DEPTH), numbers = up_to(rows * sizeof(float), 64);
     char *room = aligned_alloc(64, codes + 2 * numbers);
     if (room == NULL) return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: no memory for the rounded rows");
     call.rounded.codes = (uint8_t *)room, call.rounded.scales = (float *)(room + codes);
@@ -129,7 +129,7 @@ static Status *pack(Api api, const KernelInfo *info, const Int8Kernels *kernels,
 
 static Status *create_product(const CustomOp *op, Api api, const KernelInfo *info, void **kernel) {
     (void)op;
-    Product node = {.api = api, .kernels = usable_kernels()};
+    Product node = {.api = api, .kernels = usable_int8_kernels()};
     Int8Weight *w = &node.weight;
     const char *const names[] = {"N", "K", "quick_gelu", "affine"};
     int64_t *const to[] = {&w->rows, &w->columns, &node.quick_gelu, &node.affine};
@@ -173,11 +173,13 @@ typedef struct {
     const Frames *node;
     Attention attention;
     int64_t blocks; /* of queries */
+    int failed;
 } FramesCall;
 
 static void prepare_task(void *data, size_t i) {
-    const FramesCall *call = data;
-    call->node->kernels->prepare(&call->attention, (int64_t)i);
+    FramesCall *call = data;
+    if (!call->node->kernels->prepare(&call->attention, (int64_t)i))
+        __atomic_store_n(&call->failed, 1, __ATOMIC_RELAXED);
 }
 
 static void attend_task(void *data, size_t i) {
@@ -191,13 +193,14 @@ static Status *run_frames(const Frames *node, KernelContext *context, FramesCall
     const size_t codes = heads * length * padded, of_keys = heads * length * sizeof(float);
     const size_t of_values = heads * key_blocks(a) * padded * sizeof(float);
     char *memory = aligned_alloc(64, 2 * (codes + of_keys) + of_values);
-    if (memory == NULL)
-        return CreateStatus(node->api)(ABI_FAIL, "edgevl.FrameAttention: no memory for keys and values");
+    const char *const no_memory = "edgevl.FrameAttention: no memory for keys and values";
+    if (memory == NULL) return CreateStatus(node->api)(ABI_FAIL, no_memory);
     a->keys = (uint8_t *)memory, a->values = (int8_t *)(memory + codes);
     a->key_scales = (float *)(memory + 2 * codes), a->key_limits = (float *)(memory + 2 * codes + of_keys);
     a->value_scales = (float *)(memory + 2 * (codes + of_keys));
     call->blocks = up_to(a->length, QUERIES) / QUERIES;
     Status *status = parallel(node->api, context, prepare_task, heads, call);
+    if (status == NULL && call->failed) status = CreateStatus(node->api)(ABI_FAIL, no_memory);
     if (status == NULL) status = parallel(node->api, context, attend_task, heads * call->blocks, call);
     free(memory);
     return status;
@@ -230,13 +233,13 @@ static Status *attend(void *kernel, KernelContext *context) {
     a->frames = dims[0], a->length = dims[1];
     a->scale = 1 / sqrtf((float)a->dim);
     dims[2] = a->heads * a->dim;
-    CHECK(output_data(api, context, dims, 3, &a->out));
+    CHECK(output_data(api, context, 0, dims, 3, &a->out));
     return a->frames == 0 || a->length == 0 ? NULL : run_frames(node, context, &call);
 }
 
 static Status *create_frames(const CustomOp *op, Api api, const KernelInfo *info, void **kernel) {
     (void)op;
-    Frames node = {.api = api, .kernels = usable_kernels()};
+    Frames node = {.api = api, .kernels = usable_int8_kernels()};
     const char *const names[] = {"num_heads"};
     int64_t *const to[] = {&node.heads};
     CHECK(attributes(api, info, names, to, 1));

@@ -16,26 +16,6 @@ enum {
     ROWS_AT_A_TIME = 8,   /* to round */
 };
 
-static const Kernels *const all_kernels[] = { /* best first */
-#ifdef NBITS_X86
-    &nbits_avx512,
-#ifdef NBITS_AVX_VNNI
-    &nbits_avx_vnni,
-#endif
-    &nbits_avx2,
-#endif
-#ifdef NBITS_NEON
-    &nbits_neon,
-#endif
-    NULL,
-};
-
-static const Kernels *usable_kernels(void) {
-    for (const Kernels *const *k = all_kernels; *k != NULL; k++)
-        if ((*k)->supported()) return *k;
-    return NULL;
-}
-
 /* The instructions that the kernels use on this processor; NULL: it has none that they know. */
 EXPORT const char *edgevl_instructions(void) {
     const Kernels *kernels = usable_kernels();
@@ -53,6 +33,7 @@ static void *make_room(const Weight *w, int64_t rows, Activations *x) {
     const size_t codes = x->chunks * rows * CHUNK, numbers = up_to(rows * x->padded * sizeof(float), 64);
     const size_t sums = up_to(x->chunks * rows * x->units * sizeof(int32_t), 64);
     char *room = aligned_alloc(64, codes + 2 * numbers + sums);
+    if (room == NULL) return NULL;
     x->codes = (int8_t *)room;
     x->scales = (float *)(room + codes);
     x->totals = (float *)(room + codes + numbers);
@@ -60,12 +41,14 @@ static void *make_room(const Weight *w, int64_t rows, Activations *x) {
     return room;
 }
 
-/* For tests: one thread, y [m, w.rows] = x [m, w.columns] Wᵀ by the kernels `name`. 0: done, 1: not on this one */
+/* For tests: one thread, y [m, w.rows] = x [m, w.columns] Wᵀ by the kernels `name`. 0: done, 1: not on this one,
+ * 2: no memory. */
 EXPORT int edgevl_multiply(const char *name, const Weight *w, const float *x, int64_t m, float *y) {
     for (const Kernels *const *k = all_kernels; *k != NULL; k++)
         if (strcmp((*k)->name, name) == 0 && (*k)->supported()) {
             Activations rounded;
             void *room = make_room(w, m, &rounded);
+            if (room == NULL) return 2;
             (*k)->round(w, x, &rounded, 0, m);
             (*k)->multiply(w, &rounded, y, 0, w->rows);
             free(room);

@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include "causal.h"
+
 enum { CHUNK = 128 }; /* columns that one step takes; rows of activations are padded to whole chunks */
 #define TINY 1e-30f   /* a scale below it has no inverse worth the name: all zeros then */
 
@@ -39,6 +41,7 @@ typedef struct {
     void (*multiply)(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last);
     /* y × gate × sigmoid(gate) + residual, over y; either may be NULL. */
     void (*gate_and_add)(const float *gate, const float *residual, float *y, int64_t count);
+    CausalKernels causal;
 } Kernels;
 
 /* Compilers that know the instructions: Clang's arm_neon.h names the dot product of any target only since 16. */
@@ -54,6 +57,8 @@ typedef struct {
 #endif
 
 extern const Kernels nbits_avx512, nbits_avx_vnni, nbits_avx2, nbits_neon;
+extern const Kernels *const all_kernels[]; /* that were built, best first, then NULL */
+const Kernels *usable_kernels(void);       /* the best of this processor, or NULL */
 
 static inline int64_t weight_row_bytes(const Weight *w) { return w->blocks * w->block * w->bits / 8; }
 

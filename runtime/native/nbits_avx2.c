@@ -134,6 +134,7 @@ INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
 /* ------------------------------------------------------------------------------------------------------ the kernels */
 
 #include "nbits_multiply.h"
+#include "causal_attention.h"
 
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -145,11 +146,11 @@ static int supported(void) {
     return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
-const Kernels nbits_avx_vnni = {"avx-vnni", supported, round_rows, multiply, gate_and_add};
+const Kernels nbits_avx_vnni = {"avx-vnni", supported, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
 
 #else
 
-const Kernels nbits_avx2 = {"avx2", has_avx2, round_rows, multiply, gate_and_add};
+const Kernels nbits_avx2 = {"avx2", has_avx2, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
 
 #endif
 

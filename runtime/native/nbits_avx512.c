@@ -82,8 +82,9 @@ INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
 /* ------------------------------------------------------------------------------------------------------ the kernels */
 
 #include "nbits_multiply.h"
+#include "causal_attention.h"
 
-const Kernels nbits_avx512 = {"avx512-vnni", has_avx512_vnni, round_rows, multiply, gate_and_add};
+const Kernels nbits_avx512 = {"avx512-vnni", has_avx512_vnni, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
 
 #ifdef __clang__
 #pragma clang attribute pop

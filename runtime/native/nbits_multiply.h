@@ -19,6 +19,7 @@ enum {
     LINE = 64,       /* bytes that one prefetch brings */
     MOST_ROWS = 384, /* rows of x that stay in the second-level cache beside their outputs */
     FEW_ROWS = 6,    /* up to these, laying out a tile costs more than it saves */
+    FEW_BLOCKS = 1024, /* of a row, padded: up to these, factors of few rows have room on the stack */
     WIDTH = 4 * LANES,
     REGISTERS = CHUNK / WIDTH,
     TILE = TILE_REGISTERS * LANES,
@@ -243,8 +244,7 @@ INLINE void fill_tile(const Weight *w, const Activations *x, float *y, int64_t s
 }
 
 static void many_rows(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last) {
-    const int64_t room = x->rows < MOST_ROWS ? x->rows : MOST_ROWS;
-    float *sums = aligned_alloc(64, room * TILE * sizeof(float));
+    float sums[MOST_ROWS * TILE] __attribute__((aligned(64)));
     for (int64_t start = 0; start < x->rows; start += MOST_ROWS) {
         const int64_t stop = start + MOST_ROWS < x->rows ? start + MOST_ROWS : x->rows;
         for (int64_t n = first; n < last; n += TILE) {
@@ -252,14 +252,13 @@ static void many_rows(const Weight *w, const Activations *x, float *y, int64_t f
             if (w->bits == 8) fill_tile(w, x, y, start, stop, n, last, sums, 8);
         }
     }
-    free(sums);
 }
 
 /* ------------------------------------------------------------------------------------------------------ by format */
 
 INLINE void few_rows_as(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last, int bits,
                         int units) {
-    float *room = malloc((1 + x->rows) * x->padded * sizeof(float));
+    float room[(1 + FEW_ROWS) * FEW_BLOCKS];
     switch (x->rows) { /* counts that the compiler knows keep the sums in registers */
     case 1: few_rows(w, x, y, first, last, room, bits, units, 1); break;
     case 2: few_rows(w, x, y, first, last, room, bits, units, 2); break;
@@ -268,11 +267,10 @@ INLINE void few_rows_as(const Weight *w, const Activations *x, float *y, int64_t
     case 5: few_rows(w, x, y, first, last, room, bits, units, 5); break;
     default: few_rows(w, x, y, first, last, room, bits, units, FEW_ROWS);
     }
-    free(room);
 }
 
 static void multiply(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last) {
-    if (x->rows > FEW_ROWS) {
+    if (x->rows > FEW_ROWS || x->padded > FEW_BLOCKS) {
         many_rows(w, x, y, first, last);
     } else if (w->bits == 4) {
         if (x->units == 1) few_rows_as(w, x, y, first, last, 4, 1);

@@ -86,6 +86,7 @@ INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
 /* ------------------------------------------------------------------------------------------------------ the kernels */
 
 #include "nbits_multiply.h"
+#include "causal_attention.h"
 
 static int supported(void) {
 #if defined(__APPLE__)
@@ -97,7 +98,7 @@ static int supported(void) {
 #endif
 }
 
-const Kernels nbits_neon = {"neon-dotprod", supported, round_rows, multiply, gate_and_add};
+const Kernels nbits_neon = {"neon-dotprod", supported, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
 
 #ifdef PUSHED
 #pragma clang attribute pop

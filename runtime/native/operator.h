@@ -59,9 +59,10 @@ static inline Status *check_size(Api api, const KernelContext *context, size_t i
     return size == wanted ? NULL : CreateStatus(api)(ABI_INVALID_ARGUMENT, mismatch);
 }
 
-static inline Status *output_data(Api api, KernelContext *context, const int64_t *dims, size_t count, float **y) {
+static inline Status *output_data(Api api, KernelContext *context, size_t index, const int64_t *dims, size_t count,
+                                  float **y) {
     Value *output = NULL;
-    CHECK(KernelContext_GetOutput(api)(context, 0, dims, count, &output));
+    CHECK(KernelContext_GetOutput(api)(context, index, dims, count, &output));
     return GetTensorMutableData(api)(output, (void **)y);
 }
 
@@ -76,7 +77,7 @@ static inline Status *open_product(Api api, KernelContext *context, int64_t colu
     *rows = 1;
     for (size_t i = 0; i + 1 < count; i++) *rows *= dims[i];
     dims[count - 1] = outputs;
-    return output_data(api, context, dims, count, y);
+    return output_data(api, context, 0, dims, count, y);
 }
 
 /* An optional input that has as many numbers as the product's output. */
@@ -117,16 +118,18 @@ static inline int op_cpu_memory(const CustomOp *op, size_t i) { (void)op; (void)
 static inline int op_none(const CustomOp *op) { (void)op; return 0; }
 static inline int op_version(const CustomOp *op) { (void)op; return 1; }
 
-#define OPERATOR(name_, inputs_, type_, kind_, create_, compute_, destroy_)                     \
+#define OPERATOR_OF(name_, inputs_, type_, kind_, outputs_, create_, compute_, destroy_)        \
     {                                                                                           \
         .version = ABI_VERSION, .GetName = name_, .GetExecutionProviderType = op_provider,      \
         .GetInputType = type_, .GetInputTypeCount = inputs_, .GetInputCharacteristic = kind_,   \
-        .GetOutputType = op_float_output, .GetOutputTypeCount = op_one_output,                  \
+        .GetOutputType = op_float_output, .GetOutputTypeCount = outputs_,                       \
         .GetOutputCharacteristic = op_required_output, .GetInputMemoryType = op_cpu_memory,     \
         .GetVariadicInputMinArity = op_none, .GetVariadicInputHomogeneity = op_none,            \
         .GetVariadicOutputMinArity = op_none, .GetVariadicOutputHomogeneity = op_none,          \
         .GetStartVersion = op_version, .GetEndVersion = op_version,                             \
         .CreateKernelV2 = create_, .KernelComputeV2 = compute_, .KernelDestroy = destroy_,      \
     }
+#define OPERATOR(name_, inputs_, type_, kind_, create_, compute_, destroy_) \
+    OPERATOR_OF(name_, inputs_, type_, kind_, op_one_output, create_, compute_, destroy_)
 
-extern const CustomOp matmul_nbits, matmul_int8, frame_attention;
+extern const CustomOp causal_attention, matmul_nbits, matmul_int8, frame_attention;

@@ -6,7 +6,7 @@ EXPORT Status *RegisterCustomOps(SessionOptions *options, const ApiBase *base) {
     const Api api = base->GetApi(ABI_VERSION);
     if (domain == NULL) {
         Domain *made = NULL;
-        const CustomOp *const operators[] = {&matmul_nbits, &matmul_int8, &frame_attention};
+        const CustomOp *const operators[] = {&causal_attention, &matmul_nbits, &matmul_int8, &frame_attention};
         CHECK(CreateCustomOpDomain(api)("edgevl", &made));
         for (size_t i = 0; i < sizeof operators / sizeof *operators; i++)
             CHECK(CustomOpDomain_Add(api)(made, operators[i]));
