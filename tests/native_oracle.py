@@ -194,7 +194,7 @@ def random_tokens(
     shapes = (batch, count, heads, dim), (batch, count, groups, dim), (batch, count, groups, dim)
     q, k, v = (rng.normal(size=shape).astype(np.float32) * np.float32(size) for shape in shapes)
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    return Tokens(q, k, v, cos, sin, *kept, np.array(past, np.int32) + count - 1)
+    return Tokens(q, k, v, cos, sin, kept[0], kept[1], np.array(past, np.int32) + count - 1)
 
 
 def attention(t: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -91,7 +91,7 @@ def library() -> Path:
     return usable_library()
 
 
-def session(library: Path, threads: int = 1, merged: bool = False, inputs: int = 8, **attributes: int) -> Any:
+def session(library: Path, heads: tuple[int, int], threads: int = 1, merged: bool = False) -> Any:
     """Of a graph with the operator alone, all of whose axes are open."""
     floats = ["q", "cos", "sin", *NAMES] if merged else ["q", "k", "v", "cos", "sin", *NAMES]
     axes = {name: 4 if name in NAMES else 3 for name in floats}
@@ -99,9 +99,11 @@ def session(library: Path, threads: int = 1, merged: bool = False, inputs: int =
         n: helper.make_tensor_value_info(n, TensorProto.FLOAT, [f"{n}_{i}" for i in range(a)]) for n, a in axes.items()
     }
     values["last"] = helper.make_tensor_value_info("last", TensorProto.INT32, ["rows"])
-    names = ["q", *(["", ""] if merged else ["k", "v"]), "cos", "sin", *NAMES, "last"][:inputs]
+    names = ["q", *(["", ""] if merged else ["k", "v"]), "cos", "sin", *NAMES, "last"]
     outputs = ["y", "present_keys", "present_values"]
-    node = helper.make_node("CausalAttention", names, outputs, domain="edgevl", **attributes)
+    node = helper.make_node(
+        "CausalAttention", names, outputs, domain="edgevl", num_heads=heads[0], kv_num_heads=heads[1]
+    )
     given = [values[n] for n in names if n]
     shaped = [
         helper.make_tensor_value_info(n, TensorProto.FLOAT, [f"{n}_{i}" for i in range(3 if n == "y" else 4)])
@@ -123,8 +125,8 @@ def feeds(t: Tokens, merged: bool = False) -> dict[str, np.ndarray]:
     return {**given, "cos": t.cos, "sin": t.sin, "keys": t.keys, "values": t.values, "last": t.last}
 
 
-def heads_of(t: Tokens) -> dict[str, int]:
-    return {"num_heads": t.q.shape[2], "kv_num_heads": t.k.shape[2]}
+def heads_of(t: Tokens) -> tuple[int, int]:
+    return t.q.shape[2], t.k.shape[2]
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["three inputs", "one input"])
@@ -135,7 +137,7 @@ def test_through_onnx_runtime(library: Path, count: int, merged: bool) -> None:
     before, found = t.keys.copy(), []
     for threads in (1, 2, 3):
         given = feeds(t, merged)
-        found.append(session(library, threads, merged, **heads_of(t)).run(None, given))
+        found.append(session(library, heads_of(t), threads, merged).run(None, given))
         np.testing.assert_array_equal(given["keys"], before)
     check((found[0][0].reshape(t.q.shape), *found[0][1:]), t)
     for other in found[1:]:
@@ -145,7 +147,7 @@ def test_through_onnx_runtime(library: Path, count: int, merged: bool) -> None:
 
 def test_the_cache_is_written_in_place(library: Path) -> None:
     t = random_tokens(4, 2, 32, 2, [5], 64)
-    given, run = feeds(t), session(library, **heads_of(t))
+    given, run = feeds(t), session(library, heads_of(t))
     binding = run.io_binding()
     kept = {name: given.pop(name).copy() for name in NAMES}
     for name, array in given.items():
@@ -162,7 +164,7 @@ def test_the_cache_is_written_in_place(library: Path) -> None:
 
 def test_no_tokens_are_no_outputs(library: Path) -> None:
     t = random_tokens(4, 2, 32, 0, [5], 64)
-    y, keys, _ = session(library, **heads_of(t)).run(None, feeds(t))
+    y, keys, _ = session(library, heads_of(t)).run(None, feeds(t))
     assert y.shape == (1, 0, 128)
     np.testing.assert_array_equal(keys, t.keys)
 
@@ -188,7 +190,7 @@ def test_no_tokens_are_no_outputs(library: Path) -> None:
 )
 def test_what_it_refuses(library: Path, changes: dict[str, np.ndarray], message: str) -> None:
     t = random_tokens(4, 2, 32, 2, [5], 64)
-    run = session(library, **heads_of(t))
+    run = session(library, heads_of(t))
     with pytest.raises(Exception, match=f"edgevl.CausalAttention: .*{message}"):  # onnxruntime's own class
         run.run(None, {**feeds(t), **changes})
     run.run(None, feeds(t))
@@ -197,11 +199,11 @@ def test_what_it_refuses(library: Path, changes: dict[str, np.ndarray], message:
 @pytest.mark.parametrize("heads", [(0, 0), (4, 0), (0, 4), (5, 2), (97, 1), (-4, -2)])
 def test_heads_that_it_refuses(library: Path, heads: tuple[int, int]) -> None:
     with pytest.raises(Exception, match="expected num_heads to be kv_num_heads of at least 1, up to 96 times"):
-        session(library, num_heads=heads[0], kv_num_heads=heads[1])
+        session(library, heads)
 
 
 def test_merged_heads_of_another_size(library: Path) -> None:
     t = random_tokens(4, 2, 32, 2, [5], 64)
     given = feeds(replace(t, v=t.v[:, :, :, :30]), merged=True)
     with pytest.raises(Exception, match="is not of the size that the heads say"):
-        session(library, merged=True, **heads_of(t)).run(None, given)
+        session(library, heads_of(t), merged=True).run(None, given)
