@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from edgevl.runtime.trt_feeds import is_tensorrt_spec, store_appended, tensorrt_
 __all__ = ["OrtEngine", "OrtGraph", "check_signature", "check_version"]
 
 _MADV_DONTNEED = 4
+# Held while sessions map files or unmap them, and while pages of mapped files are given back: what is unmapped
+# meanwhile may be somebody's memory by then, and be lost.
+_MAPPINGS = RLock()
 PROVIDER = "CPUExecutionProvider"
 
 
@@ -149,9 +153,9 @@ class OrtEngine:
         self.kernels = kernel_instructions() if uses_native_kernels(bundle) else ""  # our own, of the decoder
         # Repacking weights is most of the time of opening, and each session does it on one thread.
         roles = self._roles(bundle)
-        with ThreadPoolExecutor(len(roles)) as pool:
+        with _MAPPINGS, ThreadPoolExecutor(len(roles)) as pool:
             opened = dict(zip(roles, pool.map(lambda role: self._open(bundle, role), roles)))
-        release_weight_files(bundle)
+            release_weight_files(bundle)
         self._graphs: dict[str, GraphRunner] = opened
         self.limits = EngineLimits()
 
@@ -187,7 +191,8 @@ class OrtEngine:
 
     def close(self) -> None:
         """Free the sessions; the engine cannot run afterwards."""
-        self._graphs.clear()
+        with _MAPPINGS:
+            self._graphs.clear()
 
 
 def release_weight_files(bundle: Bundle) -> None:
@@ -207,14 +212,15 @@ def release_file_pages(paths: Sequence[Path]) -> None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     region: tuple[int, int] | None = None
-    for line in smaps.read_text(errors="replace").splitlines():
-        head = line.split(maxsplit=5)
-        if "-" in head[0] and not head[0].endswith(":"):
-            start, _, end = head[0].partition("-")
-            is_ours = len(head) == 6 and head[5] in wanted
-            region = (int(start, 16), int(end, 16)) if is_ours else None
-        elif region is not None and head[0] == "Anonymous:" and head[1] == "0":
-            libc.madvise(ctypes.c_void_p(region[0]), ctypes.c_size_t(region[1] - region[0]), _MADV_DONTNEED)
+    with _MAPPINGS:
+        for line in smaps.read_text(errors="replace").splitlines():
+            head = line.split(maxsplit=5)
+            if "-" in head[0] and not head[0].endswith(":"):
+                start, _, end = head[0].partition("-")
+                is_ours = len(head) == 6 and head[5] in wanted
+                region = (int(start, 16), int(end, 16)) if is_ours else None
+            elif region is not None and head[0] == "Anonymous:" and head[1] == "0":
+                libc.madvise(ctypes.c_void_p(region[0]), ctypes.c_size_t(region[1] - region[0]), _MADV_DONTNEED)
 
 
 def check_version(bundle: Bundle) -> None:

@@ -162,15 +162,10 @@ class Planner:
     @property
     def mapped(self) -> int:
         """The embedding is mapped and, where it is also the head, read for packing, once per decoder graph that packs
-        it; our own kernels of W8A8 read their weights so. The pages are given back when all sessions are open."""
+        it. The pages are given back when all sessions are open; our own kernels of W8A8, which pack too, give back
+        those of every weight by itself."""
         widened = FP16_WIDENED if self.bundle.graphs["decoder"].precision == "fp16" else 1
-        size = round(self.table * widened) * self._packing
-        if "vision" in self._native:
-            v = self._vision
-            size += v.depth * (4 * v.embed_dim**2 + 2 * v.embed_dim * v.intermediate_size)
-            size += v.merged_dim**2 + v.merged_dim * v.hidden_size
-        own = [role for role in self._decoders if role in self._native]
-        return size + (self._layer_numbers() if self._with_w8a8(own) else 0)
+        return round(self.table * widened) * self._packing
 
     def _with_w8a8(self, roles: Sequence[str]) -> bool:
         return any(self.bundle.graphs[role].precision == "int8" for role in roles)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,24 @@ def test_released_pages_come_back(tiny: Pair) -> None:
         before = model.generate([message], max_new_tokens=6).token_ids
         ort_engine.release_file_pages([tiny.bundle / "decoder.onnx.data", tiny.bundle / "vision.onnx.data"])
         assert model.generate([message], max_new_tokens=6).token_ids == before
+
+
+def test_nothing_is_mapped_while_pages_are_given_back(tiny: Pair) -> None:
+    """Else an address that was a file's may be somebody's memory when its pages are given back."""
+    opened, bundle = [], Bundle.open(tiny.bundle)
+    thread = Thread(target=lambda: opened.append(open_engine(bundle, "ort-cpu", threads=1)))
+    with ort_engine._MAPPINGS:
+        thread.start()
+        thread.join(0.3)
+        assert not opened
+    thread.join(60)
+    closing = Thread(target=opened[0].close)
+    with ort_engine._MAPPINGS:
+        closing.start()
+        closing.join(0.1)
+        assert opened[0].graphs
+    closing.join(60)
+    assert not opened[0].graphs
 
 
 # ------------------------------------------------------------------ KV cache

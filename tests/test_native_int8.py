@@ -59,6 +59,48 @@ def answer(opened: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> np.nda
     return y
 
 
+def resident_kb(path: Path) -> int:
+    """Of the process's mappings of a file."""
+    found, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split(maxsplit=5)
+        if "-" in head[0] and not head[0].endswith(":"):
+            ours = len(head) == 6 and head[5] == str(path.resolve())
+        elif ours and head[0] == "Rss:":
+            found += int(head[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="pages are given back on Linux alone")
+@pytest.mark.parametrize("mapped", [True, False], ids=["a mapped file", "memory"])
+def test_a_weight_is_not_resident_twice(tmp_path: Path, mapped: bool) -> None:
+    """Of a mapped file the pages that were packed are given back, of memory nothing is: two products share this one."""
+    rng, (k, n) = np.random.default_rng(0), (1000, 4096)
+    w, s = rng.integers(-127, 128, (k, n), dtype=np.int8), np.ones(n, np.float32)
+    said: dict[str, Any] = {"K": k, "N": n, "quick_gelu": 0, "affine": 0}
+    nodes = [helper.make_node("MatMulInt8", ["x", "w", "s"], [y], domain="edgevl", **said) for y in "ab"]
+    nodes.append(helper.make_node("Cast", ["w"], ["c"], to=TensorProto.FLOAT))  # what else reads the weight
+    outputs = [helper.make_tensor_value_info(y, TensorProto.FLOAT, None) for y in "abc"]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, k])
+    weights = [numpy_helper.from_array(w, "w"), numpy_helper.from_array(s, "s")]
+    graph = helper.make_graph(nodes, "g", [given], outputs, weights)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("edgevl", 1)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=mapped, location="m.data")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # else the Cast is folded
+    options.register_custom_ops_library(str(native_library()))
+    found = ort.InferenceSession(tmp_path / "m.onnx", options)
+    if mapped:
+        assert (tmp_path / "m.data").stat().st_size > w.nbytes
+        assert resident_kb(tmp_path / "m.data") < 200
+    x = rng.normal(size=(3, k)).astype(np.float32)
+    a, b, c = (np.asarray(y) for y in found.run(None, {"x": x}))
+    np.testing.assert_array_equal(c, w.astype(np.float32))
+    np.testing.assert_allclose(a, rounded(x, False) @ w.astype(np.float64), rtol=1e-5, atol=1e-2)
+    np.testing.assert_array_equal(a, b)
+
+
 # ---------------------------------------------------------------------- products
 
 

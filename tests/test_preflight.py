@@ -178,14 +178,13 @@ def test_a_video_goes_through_the_encoder_in_groups(demo: VisionLanguageModel) -
 
 @pytest.mark.parametrize("name", ["hybrid", "int4", "int8", "fp32"])
 def test_what_is_read_to_be_packed(bundles: dict[str, Path], name: str, kernels: bool) -> None:
-    """A head for every graph but our own; our kernels read the codes of W8A8."""
+    """A head for every graph but our own, which give back what they pack at once."""
     bundle = Bundle.open(bundles[name])
     planner, files = Planner(bundle), opened_files(bundle)
     own = {role for role in files if native_role(bundle, role)}
     assert bool(own) == (kernels and name != "fp32")
     packed = sum(role not in own for role in files if role != "vision")
-    read = {n: size for role in own for n, size in tensors(files[role]).items() if n.endswith(".weight.int8")}
-    assert planner.mapped == pytest.approx(packed * planner.table + sum(read.values()), rel=0.03)
+    assert planner.mapped == packed * planner.table
 
 
 # --------------------------------------------------------------------------------------- helpers

@@ -2,6 +2,7 @@
 #include "nbits.h"
 #include "operator.h"
 #include "int8.h"
+#include "release_pages.h"
 
 #include <math.h>
 
@@ -123,6 +124,7 @@ static Status *pack(Api api, const KernelInfo *info, const Int8Kernels *kernels,
         return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: no memory for the packed weight");
     }
     kernels->pack(w, from, codes, sums);
+    release_file_pages(from, w->columns * w->rows);
     w->codes = codes, w->sums = sums;
     return NULL;
 }
