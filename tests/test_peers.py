@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -124,6 +125,8 @@ def test_ratios_are_taken_round_by_round() -> None:
     rows = [row("a", 0, ttft_s=[1.0]), row("a", 1, ttft_s=[2.0]), row("b", 0, ttft_s=[4.0]), row("b", 1, ttft_s=[8.0])]
     assert ratios(rows, "picture", "b", "a", "ttft_s") == [4.0, 4.0]
     assert ratios(rows[:3], "picture", "b", "a", "ttft_s") == [4.0]  # a round that one of them lacks does not count
+    nothing = [replace(r, measured=replace(r.measured, vision_s=[0.0])) for r in rows]  # as without a picture
+    assert ratios(nothing, "picture", "b", "a", "vision_s") == []
     text = tables(rows, HEAD, ["a", "b"])
     assert "1.50 (1.00–2.00)" in text and "4.00 (4.00–4.00)" in text and "vision" not in text
 

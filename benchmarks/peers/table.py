@@ -57,14 +57,16 @@ def _pooled(rows: Sequence[Row], workload: str, contender: str, metric: str) -> 
 
 
 def ratios(rows: Sequence[Row], workload: str, contender: str, baseline: str, metric: str) -> list[float]:
-    """`contender`'s median over the baseline's, one ratio per round in which both have one."""
+    """`contender`'s median over the baseline's, one ratio per round in which both have one. Of nothing, as of the time
+    for no picture, there is no ratio."""
     by_round: dict[int, dict[str, float]] = {}
     for r in rows:
         if r.workload == workload and r.measured.contender in (contender, baseline) and not r.measured.unsupported:
             values = _values(r.measured, metric)
             if values:
                 by_round.setdefault(r.round, {})[r.measured.contender] = statistics.median(values)
-    return [found[contender] / found[baseline] for found in by_round.values() if {contender, baseline} <= set(found)]
+    pairs = [(f[contender], f[baseline]) for f in by_round.values() if {contender, baseline} <= set(f)]
+    return [theirs / ours for theirs, ours in pairs if ours > 0]
 
 
 def tables(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str]) -> str:
