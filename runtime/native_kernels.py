@@ -33,6 +33,7 @@ __all__ = [
 SWITCH = "EDGEVL_KERNELS"  # environment: "off" leaves the kernels out
 _NAME = "_kernels*.so"
 _INT8 = "edgevl_int8_instructions"
+_NEWEST = "edgevl_read_memory"  # what a library of older sources has not, which may lack operators of today's bundles
 _LINE = 64  # bytes of a cache line
 
 
@@ -111,7 +112,7 @@ def _find(switch: str) -> tuple[Path | None, str]:
     if path is None:
         return None, "not built (no C compiler as edgevl was installed); install gcc or clang, then edgevl again"
     try:
-        known, _ = _instructions(path), _instructions(path, _INT8)  # of older sources, it has not both
+        known, _ = _instructions(path), ctypes.CDLL(str(path))[_NEWEST]
     except (OSError, AttributeError) as e:
         return None, f"{path.name} cannot be loaded ({e}); install edgevl again"
     return (path, "") if known else (None, "this processor has none of the instructions that they know")

@@ -225,26 +225,19 @@ def test_a_library_of_something_else(folder: Path, bundle: Bundle, capsys: pytes
 
 
 def test_a_library_of_before(
-    folder: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    library: Path, folder: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Built from older sources, as where a clone was updated and not installed again."""
-
-    def lacking(path: Path, name: str = "edgevl_instructions") -> str:
-        if name == "edgevl_instructions":
-            return "avx2"
-        raise AttributeError(f"undefined symbol: {name}")
-
-    (folder / "_kernels.abi3.so").touch()
-    monkeypatch.setattr(native_kernels, "_instructions", lacking)
-    check_reason(
-        r"cannot be loaded \(undefined symbol: edgevl_int8_instructions\); install edgevl again", bundle, capsys
-    )
+    (folder / "_kernels.abi3.so").symlink_to(library)
+    monkeypatch.setattr(native_kernels, "_NEWEST", "edgevl_of_tomorrow")
+    reason = r"cannot be loaded \(.*undefined symbol: edgevl_of_tomorrow\); install edgevl again"
+    check_reason(reason, bundle, capsys)
 
 
 def test_a_processor_without_the_instructions(
-    folder: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    library: Path, folder: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "_kernels.abi3.so").touch()
+    (folder / "_kernels.abi3.so").symlink_to(library)
     monkeypatch.setattr(native_kernels, "_instructions", lambda *_: "")
     check_reason("this processor has none of the instructions that they know", bundle, capsys)
 
