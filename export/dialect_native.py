@@ -18,13 +18,12 @@ from edgevl.export.precision import Precision
 from edgevl.export.weights import BlockWeights
 from edgevl.runtime.checkpoint import DECODER_LAYERS, Checkpoint
 from edgevl.runtime.config import TextConfig
-from edgevl.runtime.graph_spec import CACHE_KEY, CACHE_VALUE
 
 __all__ = ["NativeDialect", "has_native_decoder", "has_native_vision"]
 
 _LEAST_BLOCK = 32
 _MOST_HEAD_DIM = 128
-_HEAD_DIM_UNIT, _MOST_GROUP = 16, 96  # of attention in a decoder
+_HEAD_DIM_UNIT, _MOST_GROUP = 16, 96  # of attention in a decoder (runtime/native/causal.h)
 
 
 def has_native_decoder(precision: Precision, checkpoint: Checkpoint) -> bool:
@@ -100,23 +99,21 @@ class NativeDialect(OrtDialect):
 
     # ------------------------------------------------------------------ attention
 
-    def causal_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
+    def _attend(
+        self, q: ir.Value, k: ir.Value, v: ir.Value, past: Sequence[ir.Value], layer: int
+    ) -> Sequence[ir.Value]:
         t = self._config.text
         if not _attends(t, self._precision):
-            return super().causal_attention(q, k, v, layer)
+            return super()._attend(q, k, v, past, layer)
         given: list[ir.Value | None] = [q, k, v]
         split = q.producer()
         if split is not None and split.op_type == "Split":  # read where the merged product left them
             given = [split.inputs[0], None, None]
             self.builder.drop(split)
-        names = [pattern.format(kind="{kind}", layer=layer) for pattern in (CACHE_KEY, CACHE_VALUE)]
-        inputs = [self.input(n) for n in ("rotary_cos", "rotary_sin", *(n.format(kind="past") for n in names))]
-        inputs.append(self.input("seqlens_k"))
+        tables = [self.input(name) for name in ("rotary_cos", "rotary_sin")]
+        inputs = [*given, *tables, *past, self.input("seqlens_k")]
         attributes = {"num_heads": t.num_attention_heads, "kv_num_heads": t.num_key_value_heads}
-        y, *present = self.builder.op("CausalAttention", [*given, *inputs], attributes, domain=EDGEVL, outputs=3)
-        for name, value in zip(names, present):
-            self.output(name.format(kind="present"), value)
-        return y
+        return self.builder.op("CausalAttention", inputs, attributes, domain=EDGEVL, outputs=3)
 
     def frame_attention(self, x: ir.Value, qkv: str) -> ir.Value:
         inputs = [self._product(x, [qkv], True), self.input("rotary_cos"), self.input("rotary_sin")]

@@ -260,22 +260,27 @@ class OrtDialect:
         return self.builder.op("RotaryEmbedding", [x, *tables], {"num_heads": heads})
 
     def causal_attention(self, q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> ir.Value:
-        t = self._config.text
-        q, k = self._rotate(q, t.num_attention_heads), self._rotate(k, t.num_key_value_heads)
         names = [pattern.format(kind="{kind}", layer=layer) for pattern in (CACHE_KEY, CACHE_VALUE)]
         past = [self.input(n.format(kind="past")) for n in names]
-        step = self._step_attention()
-        if step is None:
-            y, *present = self._prompt_attention(q, k, v, past, layer)
-        else:
-            y, *present = self.builder.either(
-                step.applies,
-                lambda: step.write(q, k, v, *past),
-                lambda: self._prompt_attention(q, k, v, past, layer),
-            )
+        y, *present = self._attend(q, k, v, past, layer)
         for name, value in zip(names, present):
             self.output(name.format(kind="present"), value)
         return y
+
+    def _attend(
+        self, q: ir.Value, k: ir.Value, v: ir.Value, past: Sequence[ir.Value], layer: int
+    ) -> Sequence[ir.Value]:
+        """(attention, keys and values with the new ones in them) of q and k as they were multiplied, not rotated."""
+        t = self._config.text
+        q, k = self._rotate(q, t.num_attention_heads), self._rotate(k, t.num_key_value_heads)
+        step = self._step_attention()
+        if step is None:
+            return self._prompt_attention(q, k, v, past, layer)
+        return self.builder.either(
+            step.applies,
+            lambda: step.write(q, k, v, *past),
+            lambda: self._prompt_attention(q, k, v, past, layer),
+        )
 
     def _prompt_attention(
         self, q: ir.Value, k: ir.Value, v: ir.Value, past: Sequence[ir.Value], layer: int

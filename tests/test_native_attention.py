@@ -91,7 +91,7 @@ def library() -> Path:
     return usable_library()
 
 
-def session(library: Path, heads: tuple[int, int], threads: int = 1, merged: bool = False) -> Any:
+def session(library: Path, heads: tuple[int, int], threads: int = 1, merged: bool = False, absent: str = "") -> Any:
     """Of a graph with the operator alone, all of whose axes are open."""
     floats = ["q", "cos", "sin", *NAMES] if merged else ["q", "k", "v", "cos", "sin", *NAMES]
     axes = {name: 4 if name in NAMES else 3 for name in floats}
@@ -100,6 +100,7 @@ def session(library: Path, heads: tuple[int, int], threads: int = 1, merged: boo
     }
     values["last"] = helper.make_tensor_value_info("last", TensorProto.INT32, ["rows"])
     names = ["q", *(["", ""] if merged else ["k", "v"]), "cos", "sin", *NAMES, "last"]
+    names = ["" if n == absent else n for n in names]
     outputs = ["y", "present_keys", "present_values"]
     node = helper.make_node(
         "CausalAttention", names, outputs, domain="edgevl", num_heads=heads[0], kv_num_heads=heads[1]
@@ -200,6 +201,15 @@ def test_what_it_refuses(library: Path, changes: dict[str, np.ndarray], message:
 def test_heads_that_it_refuses(library: Path, heads: tuple[int, int]) -> None:
     with pytest.raises(Exception, match="expected num_heads to be kv_num_heads of at least 1, up to 96 times"):
         session(library, heads)
+
+
+@pytest.mark.parametrize("absent", ["k", "v"])
+def test_one_of_k_and_v(library: Path, absent: str) -> None:
+    t = random_tokens(4, 2, 32, 2, [5], 64)
+    given = feeds(t)
+    del given[absent]
+    with pytest.raises(Exception, match="has one of k and v, not both"):
+        session(library, heads_of(t), absent=absent).run(None, given)
 
 
 def test_merged_heads_of_another_size(library: Path) -> None:

@@ -100,6 +100,25 @@ def test_quantized_checkpoints(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     check_alike(tmp_path / "bundle", monkeypatch)
 
 
+def test_layers_that_are_not_merged(tmp_path: Path) -> None:
+    """Attention reads q, k and v where one product has them, or each for itself."""
+    export_bundle(write(tmp_path, **CASES["some layers plain"][1]).folder, tmp_path / "bundle")
+    nodes = [n for n in graph(tmp_path / "bundle", NATIVE_DECODER).node if n.op_type == "CausalAttention"]
+    assert nodes and {bool(n.input[1]) for n in nodes} == {True, False}
+    assert all(bool(n.input[1]) == bool(n.input[2]) for n in nodes)
+
+
+def test_heads_that_our_attention_does_not_take(
+    make_pair: MakePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 24 numbers: ONNX Runtime attends, behind our products."""
+    pair = make_pair("fp32", hidden_size=192, num_attention_heads=8)
+    export_bundle(pair.checkpoint, tmp_path / "bundle", ExportOptions(precision="int4"))
+    found = {n.op_type for n in graph(tmp_path / "bundle", NATIVE_DECODER).node}
+    assert {"If", "MatMulNBits"} <= found and "CausalAttention" not in found
+    check_alike(tmp_path / "bundle", monkeypatch)
+
+
 @pytest.mark.parametrize("precision", ["int4", "int8-weights", "hybrid"])
 def test_answers_are_onnx_runtimes(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy answers of the trained model, alone and together, to what it was trained to answer: elsewhere two tokens

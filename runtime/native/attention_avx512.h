@@ -8,10 +8,9 @@
 
 #include "avx512.h"
 #include "int8.h"
+#include "rotate.h"
 
 enum { ROWS = 4, ROWS_AHEAD = 8, MOST_DIM = 128, MOST_REGISTERS = MOST_DIM / 16 };
-#define LOG2_E 1.44269504f
-#define UNSEEN (-1e30f) /* the score of what is behind the last key; finite, so that differences of it are numbers */
 
 static const float *head_row(const Attention *a, int64_t head, int64_t row, int part) {
     const int64_t frame = head / a->heads, width = a->heads * a->dim;
@@ -24,15 +23,11 @@ static void fetch_row(const Attention *a, int64_t head, int64_t row, int part) {
     for (int64_t i = 0; i < a->dim * (int64_t)sizeof(float); i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
 }
 
-/* One head's row of q or k, rotated and multiplied: factor × [x1 cos - x2 sin, x2 cos + x1 sin]. */
+/* One head's row of q or k, rotated and multiplied. */
 static void rotate_row(const Attention *a, const float *restrict x, int64_t position, float factor,
                        float *restrict out) {
     const int64_t half = a->dim / 2;
-    const float *restrict cosine = a->cosine + position * half, *restrict sine = a->sine + position * half;
-    for (int64_t i = 0; i < half; i++) {
-        out[i] = (x[i] * cosine[i] - x[half + i] * sine[i]) * factor;
-        out[half + i] = (x[half + i] * cosine[i] + x[i] * sine[i]) * factor;
-    }
+    rotate(x, a->cosine + position * half, a->sine + position * half, half, factor, out);
 }
 
 /* int8 codes of `padded` numbers, the largest of which is 127 scales; the scale. */

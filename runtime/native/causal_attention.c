@@ -8,6 +8,7 @@
  */
 #include "nbits.h"
 #include "operator.h"
+#include "rotate.h"
 
 #include <math.h>
 
@@ -17,7 +18,6 @@ enum {
     TOKENS_AT_A_TIME = 16, /* to rotate, or to attend: a compromise between how often keys are read and equal shares */
     PART = 256,            /* keys that few tokens see in one task, of which each must be worth its start */
 };
-#define LOG2_E 1.44269504f
 
 typedef struct {
     Api api;
@@ -112,9 +112,11 @@ static Status *attend_few(Call *call) {
     return status;
 }
 
-/* Of at least one new token, `longest` being the most that a row has then. */
-static Status *attend_all(Call *call, int64_t longest) {
+/* Of at least one new token. */
+static Status *attend_all(Call *call) {
     CausalAttention *a = &call->a;
+    int64_t longest = 0;
+    for (int64_t row = 0; row < a->batch; row++) longest = a->last[row] + 1 > longest ? a->last[row] + 1 : longest;
     const int64_t most = MOST_QUERIES / a->heads < TOKENS_AT_A_TIME ? MOST_QUERIES / a->heads : TOKENS_AT_A_TIME;
     a->scale = LOG2_E / sqrtf((float)a->dim);
     a->blocks = up_to(longest, KEY_BLOCK) / KEY_BLOCK;
@@ -125,12 +127,10 @@ static Status *attend_all(Call *call, int64_t longest) {
 
 /* For tests: on one thread, by the kernels `name`. 0: done, 1: not on this one */
 EXPORT int edgevl_attend(const char *name, const CausalAttention *a) {
-    int64_t longest = 0;
-    for (int64_t row = 0; row < a->batch; row++) longest = a->last[row] + 1 > longest ? a->last[row] + 1 : longest;
     for (const Kernels *const *k = all_kernels; *k != NULL; k++)
         if (strcmp((*k)->name, name) == 0 && (*k)->supported()) {
             Call call = {.kernels = &(*k)->causal, .a = *a};
-            attend_all(&call, longest);
+            attend_all(&call);
             return 0;
         }
     return 1;
@@ -176,7 +176,7 @@ static Status *open_tokens(Api api, KernelContext *context, CausalAttention *a) 
 static Status *compute(void *kernel, KernelContext *context) {
     const Node *node = kernel;
     const Api api = node->api;
-    int64_t dims[MOST_DIMENSIONS], cache[MOST_DIMENSIONS], longest = 0;
+    int64_t dims[MOST_DIMENSIONS], cache[MOST_DIMENSIONS];
     size_t count = 0, axes = 0;
     Call call = {.api = api, .context = context, .kernels = &node->kernels->causal};
     CausalAttention *a = &call.a;
@@ -189,16 +189,14 @@ static Status *compute(void *kernel, KernelContext *context) {
     a->batch = dims[0], a->count = dims[1], a->groups = cache[1], a->capacity = cache[2], a->dim = cache[3];
     a->heads = node->heads / node->groups;
     CHECK(open_tokens(api, context, a));
-    for (int64_t row = 0; row < a->batch; row++) {
+    for (int64_t row = 0; row < a->batch; row++)
         if (first_new(a, row) < 0 || a->last[row] >= a->capacity)
             return refuse(api, "edgevl.CausalAttention: the new tokens are not within the cache");
-        longest = a->last[row] + 1 > longest ? a->last[row] + 1 : longest;
-    }
     CHECK(open_cache(api, context, PAST_KEYS, 1, cache, &a->keys));
     CHECK(open_cache(api, context, PAST_VALUES, 2, cache, &a->values));
     dims[2] = node->heads * a->dim;
     CHECK(output_data(api, context, 0, dims, 3, &a->out));
-    return a->batch * a->count == 0 ? NULL : attend_all(&call, longest);
+    return a->batch * a->count == 0 ? NULL : attend_all(&call);
 }
 
 static Status *create(const CustomOp *op, Api api, const KernelInfo *info, void **kernel) {

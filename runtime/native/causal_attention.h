@@ -5,6 +5,7 @@
 
 #include "causal.h"
 #include "nbits_common.h"
+#include "rotate.h"
 
 enum {
     SUM_ROWS = 6,                           /* of a tile of sums that stays in registers, and its width: */
@@ -12,7 +13,6 @@ enum {
     SUM_WIDTH = SUM_REGISTERS * LANES,
     KEYS_AHEAD = 2048, /* numbers to fetch ahead, as far as of weights (nbits_multiply.h) */
 };
-#define UNSEEN (-1e30f) /* below all scores, and finite: differences of it are numbers */
 
 typedef struct {
     float q[MOST_QUERIES][MOST_HEAD_DIM];
@@ -20,15 +20,11 @@ typedef struct {
     float largest[MOST_QUERIES], totals[MOST_QUERIES];
 } Sums;
 
-/* factor × [x1 cos - x2 sin, x2 cos + x1 sin] */
-INLINE void rotate(const CausalAttention *a, int64_t token, const float *restrict x, float factor,
-                   float *restrict out) {
+/* One head's row of q or k, rotated and multiplied. */
+INLINE void rotate_head(const CausalAttention *a, int64_t token, const float *restrict x, float factor,
+                        float *restrict out) {
     const int64_t half = a->dim / 2;
-    const float *restrict cosine = a->cosine + token * half, *restrict sine = a->sine + token * half;
-    for (int64_t i = 0; i < half; i++) {
-        out[i] = (x[i] * cosine[i] - x[half + i] * sine[i]) * factor;
-        out[half + i] = (x[half + i] * cosine[i] + x[i] * sine[i]) * factor;
-    }
+    rotate(x, a->cosine + token * half, a->sine + token * half, half, factor, out);
 }
 
 /* New tokens [first, last) of a row into the cache. */
@@ -37,7 +33,7 @@ static void write_tokens(const CausalAttention *a, int64_t row, int64_t first, i
         const int64_t token = row * a->count + i, place = first_new(a, row) + i;
         for (int64_t g = 0; g < a->groups; g++) {
             const int64_t to = ((row * a->groups + g) * a->capacity + place) * a->dim;
-            rotate(a, token, a->k + token * a->k_stride + g * a->dim, 1, a->keys + to);
+            rotate_head(a, token, a->k + token * a->k_stride + g * a->dim, 1, a->keys + to);
             memcpy(a->values + to, a->v + token * a->v_stride + g * a->dim, a->dim * sizeof(float));
         }
     }
@@ -186,7 +182,7 @@ static void attend_causally(const CausalAttention *a, const QueryBlock *queries,
     for (int64_t r = 0; r < rows; r++) {
         const int64_t token = queries->row * a->count + queries->first + r / a->heads;
         const float *q = a->q + token * a->q_stride + (queries->group * a->heads + r % a->heads) * a->dim;
-        rotate(a, token, q, a->scale, s.q[r]);
+        rotate_head(a, token, q, a->scale, s.q[r]);
         memset(s.sums[r], 0, a->dim * sizeof(float));
         s.largest[r] = UNSEEN, s.totals[r] = 0;
     }
