@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from native_oracle import KERNELS, Weights, library_path, multiply, product, random_weights, try_to_multiply
 
-ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 29)  # of x: where kernels change their way, and around
+ROWS = (1, 2, 3, 4, 5, 6, 7, 12, 13, 29)  # of x: where kernels change their way, and around
 MANY_ROWS = 400  # more than a tile's rows are kept for
 SHAPES = ((1, 1), (37, 320), (70, 97), (33, 416), (64, 256), (5, 2100))  # [N, K], of which few are whole blocks
 
@@ -59,6 +59,16 @@ def test_products_are_the_oracles(kernel: str, bits: int, block: int, extras: bo
             expected, off = product(w, x)
             found = multiply(kernel, w, x)
             assert (np.abs(found - expected) <= off).all(), (shape, rows, np.abs(found - expected).max())
+
+
+@each_kernel
+@pytest.mark.parametrize(("block", "columns"), [(32, 32 * 1010), (256, 128 * 1030)], ids=["blocks", "chunks"])
+def test_rows_longer_than_their_factors_have_room(kernel: str, block: int, columns: int) -> None:
+    """On the stack there is room for 1,024 blocks, padded, and for as many chunks of 128 columns."""
+    w = random_weights(4, block, 3, columns, zeros=True, bias=False)
+    x = activations(2, columns)
+    expected, off = product(w, x)
+    assert (np.abs(multiply(kernel, w, x) - expected) <= off).all()
 
 
 @each_kernel

@@ -5,7 +5,7 @@
 
 enum {
     OUTPUTS = 32, /* of one tile of a packed weight */
-    DEPTH = 512,  /* columns of a tile that stay in the first-level cache; rows of x lie in pieces of as many */
+    DEPTH = 640,  /* columns of a tile that stay in the first-level cache; rows of x lie in pieces of as many */
 };
 
 /* y = activation(x Wᵀ + bias), x rounded to 8 bits with one scale per row. */

@@ -62,7 +62,7 @@ static void pack(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t
         }
 }
 
-/* sums [rows, OUTPUTS] += x [rows, 4 × steps] by the tile. */
+/* sums [rows, OUTPUTS] += x [rows, 4 × steps] by the tile. The next rows of x come meanwhile. */
 INLINE void multiply_tile(const int8_t *tile, const uint8_t *x, int64_t steps, int count, int32_t *sums) {
     __m512i d[TILE_ROWS][2];
     UNROLL for (int i = 0; i < count; i++)
@@ -70,6 +70,7 @@ INLINE void multiply_tile(const int8_t *tile, const uint8_t *x, int64_t steps, i
     for (int64_t j = 0; j < steps; j++) {
         if (count <= 4) _mm_prefetch((const char *)tile + j * 128 + AHEAD, _MM_HINT_T1);
         if (count <= 4) _mm_prefetch((const char *)tile + j * 128 + 64 + AHEAD, _MM_HINT_T1);
+        if (count == TILE_ROWS) _mm_prefetch((const char *)x + TILE_ROWS * DEPTH + j * 64, _MM_HINT_T0);
         const __m512i v0 = _mm512_load_si512(tile + j * 128), v1 = _mm512_load_si512(tile + j * 128 + 64);
         UNROLL for (int i = 0; i < count; i++) {
             const __m512i a = broadcast_4(x + i * DEPTH + 4 * j);
@@ -109,6 +110,15 @@ static void store_rows(const Int8Weight *w, const Int8Rows *x, float *y, int64_t
     }
 }
 
+/* Of a tile's rows, which lie so far from each other that the hardware's prefetcher sees no stream in them. */
+INLINE void fetch_outputs(const float *y, int64_t stride) {
+    if (y == NULL) return;
+    UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+        _mm_prefetch((const char *)(y + i * stride), _MM_HINT_T0);
+        _mm_prefetch((const char *)(y + i * stride + 16), _MM_HINT_T0);
+    }
+}
+
 static void multiply(const Int8Weight *w, const Int8Rows *x, float *y, int64_t first, int64_t last) {
     const int64_t columns = padded_columns(w);
     int32_t sums[MOST_ROWS * OUTPUTS] __attribute__((aligned(64)));
@@ -122,8 +132,15 @@ static void multiply(const Int8Weight *w, const Int8Rows *x, float *y, int64_t f
                 const uint8_t *codes = x->codes + (column / DEPTH * x->rows + start) * DEPTH;
                 int32_t *to = sums;
                 int64_t m = start;
-                for (; m + TILE_ROWS <= stop; m += TILE_ROWS, codes += TILE_ROWS * DEPTH, to += TILE_ROWS * OUTPUTS)
+                for (; m + TILE_ROWS <= stop; m += TILE_ROWS, codes += TILE_ROWS * DEPTH, to += TILE_ROWS * OUTPUTS) {
+                    if (left <= DEPTH) { /* the last ones: their outputs are next */
+                        const int64_t at = m * w->rows + n;
+                        fetch_outputs(y + at, w->rows);
+                        fetch_outputs(w->gate ? w->gate + at : NULL, w->rows);
+                        fetch_outputs(w->residual ? w->residual + at : NULL, w->rows);
+                    }
                     multiply_tile(tile, codes, steps, TILE_ROWS, to);
+                }
                 for (; m + 4 <= stop; m += 4, codes += 4 * DEPTH, to += 4 * OUTPUTS)
                     multiply_tile(tile, codes, steps, 4, to);
                 for (; m < stop; m++, codes += DEPTH, to += OUTPUTS) multiply_tile(tile, codes, steps, 1, to);

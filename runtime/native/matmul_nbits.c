@@ -32,12 +32,11 @@ static void *make_room(const Weight *w, int64_t rows, Activations *x) {
     x->units = w->block < CHUNK ? CHUNK / w->block : 1;
     const size_t codes = x->chunks * rows * CHUNK, numbers = up_to(rows * x->padded * sizeof(float), 64);
     const size_t sums = up_to(x->chunks * rows * x->units * sizeof(int32_t), 64);
-    char *room = aligned_alloc(64, codes + 2 * numbers + sums);
+    char *room = aligned_alloc(64, codes + numbers + sums);
     if (room == NULL) return NULL;
     x->codes = (int8_t *)room;
     x->scales = (float *)(room + codes);
-    x->totals = (float *)(room + codes + numbers);
-    x->sums = (int32_t *)(room + codes + 2 * numbers);
+    x->sums = (int32_t *)(room + codes + numbers);
     return room;
 }
 

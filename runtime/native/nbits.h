@@ -27,7 +27,6 @@ typedef struct {
     int8_t *codes;   /* [chunks, rows, CHUNK], zero behind the last column */
     int32_t *sums;   /* [chunks, rows, units of a chunk] */
     float *scales;   /* [rows, padded blocks], zero behind the last block */
-    float *totals;   /* [rows, padded blocks]: sums of whole blocks */
     int64_t rows, chunks, padded;
     int units;       /* of a chunk: 1, 2 or 4 */
 } Activations;

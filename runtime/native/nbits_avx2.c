@@ -18,7 +18,7 @@
 
 #include "nbits_common.h"
 
-enum { LANES = 8, TILE_REGISTERS = 2 };
+enum { LANES = 8, TILE_REGISTERS = 2, TOGETHER = 1 };
 
 typedef __m256i Bytes, Ints;
 typedef __m256 Floats;
@@ -26,7 +26,10 @@ typedef const int8_t *Columns;
 
 /* ------------------------------------------------------------------------------------------------- sums of products */
 
-INLINE Ints no_sums(void) { return _mm256_setzero_si256(); }
+INLINE Ints first_sums(const int32_t *from, int blocks) {
+    const __m256i first = _mm256_zextsi128_si256(_mm_cvtsi32_si128(from[0]));
+    return blocks == 1 ? first : _mm256_inserti128_si256(first, _mm_cvtsi32_si128(from[1]), 1);
+}
 
 #ifdef AVX_VNNI
 
@@ -46,7 +49,7 @@ enum { TILE_ROWS = 4, OFFSET = 128 };
 INLINE Bytes whole_codes(Bytes bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
 
 /* Products of 4-bit codes stay sums of 16 bits meanwhile: 16 of 15 × 127 fit. */
-INLINE Ints begin(Ints d, int bits) { return bits == 4 ? no_sums() : d; }
+INLINE Ints begin(Ints d, int bits) { return bits == 4 ? _mm256_setzero_si256() : d; }
 
 INLINE Ints finish(Ints d, Ints sums, int bits) {
     return bits == 4 ? _mm256_add_epi32(d, _mm256_madd_epi16(sums, _mm256_set1_epi16(1))) : sums;
@@ -86,6 +89,7 @@ INLINE Ints zero_products(int32_t sum, const int32_t *zeros) {
 /* ------------------------------------------------------------------------------------------------- bytes and floats */
 
 INLINE Bytes load_bytes(const void *from) { return _mm256_loadu_si256(from); }
+INLINE Bytes in_register(Bytes bytes) { return bytes; } /* of which there are too few */
 INLINE Bytes low_codes(Bytes bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 INLINE Bytes high_codes(Bytes bytes) { return low_codes(_mm256_srli_epi16(bytes, 4)); }
 
@@ -104,6 +108,12 @@ INLINE float sum_of_lanes(Floats values) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+INLINE void sums_of_lanes(const Floats from[4], float *to) {
+    const __m256 ab = _mm256_hadd_ps(from[0], from[1]), cd = _mm256_hadd_ps(from[2], from[3]);
+    const __m256 abcd = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 }
 
 INLINE Floats spread(const float *factors, int blocks) {

@@ -4,7 +4,7 @@
 #include "avx512.h"
 #include "nbits_common.h"
 
-enum { LANES = 16, TILE_REGISTERS = 2, TILE_ROWS = 12, OFFSET = 0 };
+enum { LANES = 16, TILE_REGISTERS = 2, TILE_ROWS = 12, TOGETHER = 2, OFFSET = 0 };
 
 typedef __m512i Bytes, Ints;
 typedef __m512 Floats;
@@ -12,7 +12,13 @@ typedef const int8_t *Columns;
 
 /* ------------------------------------------------------------------------------------------------- sums of products */
 
-INLINE Ints no_sums(void) { return _mm512_setzero_si512(); }
+INLINE Ints first_sums(const int32_t *from, int blocks) {
+    Ints first;
+    if (blocks == 1) __asm__("vmovd %1, %x0" : "=v"(first) : "m"(*from));
+    else first = _mm512_maskz_expandloadu_epi32(blocks == 2 ? 0x0101 : 0x1111, from);
+    return first;
+}
+
 INLINE Ints begin(Ints d, int bits) { return (void)bits, d; }
 INLINE Ints finish(Ints d, Ints sums, int bits) { return (void)d, (void)bits, sums; }
 INLINE Ints dot(Ints sums, Bytes codes, Bytes x, int bits) { return (void)bits, _mm512_dpbusd_epi32(sums, codes, x); }
@@ -32,6 +38,11 @@ INLINE Ints zero_products(int32_t sum, const int32_t *zeros) {
 /* ------------------------------------------------------------------------------------------------- bytes and floats */
 
 INLINE Bytes load_bytes(const void *from) { return _mm512_loadu_si512(from); }
+INLINE Bytes in_register(Bytes bytes) {
+    __asm__("" : "+v"(bytes));
+    return bytes;
+}
+
 INLINE Bytes low_codes(Bytes bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
 INLINE Bytes high_codes(Bytes bytes) { return low_codes(_mm512_srli_epi16(bytes, 4)); }
 INLINE Bytes whole_codes(Bytes bytes) { return bytes; }
@@ -41,6 +52,14 @@ INLINE Floats load_floats(const float *from) { return _mm512_loadu_ps(from); }
 INLINE void store_floats(float *to, Floats values) { _mm512_storeu_ps(to, values); }
 INLINE Floats to_floats(Ints values) { return _mm512_cvtepi32_ps(values); }
 INLINE float sum_of_lanes(Floats values) { return _mm512_reduce_add_ps(values); }
+
+INLINE void sums_of_lanes(const Floats from[4], float *to) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(from[0], from[1]), _mm512_unpackhi_ps(from[0], from[1]));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(from[2], from[3]), _mm512_unpackhi_ps(from[2], from[3]));
+    const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 
 INLINE Floats load_first_floats(const float *from, int64_t count) {
     return _mm512_maskz_loadu_ps(count >= LANES ? 0xffff : (1u << count) - 1, from);

@@ -35,7 +35,7 @@ INLINE int32_t round_columns(const float *x, int count, float scale, int8_t *to)
 INLINE void round_chunk(const Weight *w, const float *x, const Activations *to, int64_t row, int64_t chunk) {
     const int64_t first = chunk * CHUNK, block = first / w->block, left = w->columns - first;
     const float *scales = to->scales + row * to->padded + block;
-    float *totals = to->totals + row * to->padded + block, last[CHUNK];
+    float last[CHUNK];
     int8_t *codes = to->codes + (chunk * to->rows + row) * CHUNK, plain[CHUNK];
     int32_t *sums = to->sums + (chunk * to->rows + row) * to->units;
     const int unit = CHUNK / to->units;
@@ -44,10 +44,8 @@ INLINE void round_chunk(const Weight *w, const float *x, const Activations *to, 
         memset(last, 0, sizeof last);
         from = memcpy(last, from, left * sizeof(float));
     }
-    for (int u = 0; u < to->units; u++) {
+    for (int u = 0; u < to->units; u++)
         sums[u] = round_columns(from + u * unit, unit, scales[u], plain + u * unit);
-        totals[u] += (float)sums[u];
-    }
     if (w->bits == 8) {
         memcpy(codes, plain, CHUNK);
         return;
@@ -63,7 +61,6 @@ static inline void round_rows(const Weight *w, const float *x, const Activations
         const float *from = x + row * w->columns;
         float *scales = to->scales + row * to->padded;
         memset(scales, 0, to->padded * sizeof(float));
-        memset(to->totals + row * to->padded, 0, to->padded * sizeof(float));
         for (int64_t b = 0; b < w->blocks; b++) {
             const int64_t left = w->columns - b * w->block;
             scales[b] = largest_magnitude(from + b * w->block, left < w->block ? left : w->block) / 127;

@@ -2,13 +2,16 @@
  *   LANES           32-bit numbers of a register
  *   TILE_REGISTERS  of outputs in a tile
  *   TILE_ROWS       rows of x whose sums fit into the registers beside them
+ *   TOGETHER        outputs that few rows are multiplied by at a time
  *   OFFSET          what whole_codes takes away from codes of 8 bits
  *   Bytes, Ints, Floats, Columns   registers; the last is 16 columns of a row of x, or where they are
  *   load_bytes, load_columns, load_floats, load_first_floats (zeros behind the first `count`), store_floats, splat
+ *   in_register     GCC would load a number again for every instruction that takes it from memory
  *   low_codes, high_codes, whole_codes   codes out of bytes
- *   no_sums, begin, dot, dot_lane, finish   sums of products, at most 8 of `dot` between begin and finish
+ *   begin, dot, dot_lane, finish   sums of products, at most 8 of `dot` between begin and finish
+ *   first_sums      a number for each block that one register's sums are of, in the block's first lane, else 0
  *   zero_products   minus a sum of x, times the zero points
- *   to_floats, sum_of_lanes
+ *   to_floats, sum_of_lanes, and sums_of_lanes of four registers
  *   spread          factors of the blocks that one register's sums are of, each in as many lanes
  *   transpose       dwords j of LANES rows as registers of their own
  */
@@ -27,35 +30,33 @@ enum {
 
 /* ------------------------------------------------------------------------ few rows of x: one output after the other */
 
-/* Zero points of every block of one output; without any they are the same for all outputs. */
-OUT_OF_LINE void read_zeros(const Weight *w, int64_t n, float *restrict zeros) {
-    if (w->zeros == NULL) {
-        for (int64_t b = 0; b < w->blocks; b++) zeros[b] = w->bits == 4 ? 8 : 128 - OFFSET;
-    } else if (w->bits == 8) {
-        const uint8_t *from = w->zeros + n * w->blocks;
-        for (int64_t b = 0; b < w->blocks; b++) zeros[b] = (float)(from[b] - OFFSET);
-    } else {
-        const int64_t pairs = (w->blocks + 1) / 2;
-        const uint8_t *from = w->zeros + n * pairs;
-        for (int64_t i = 0; i < pairs; i++) {
-            zeros[2 * i] = (float)(from[i] & 15);
-            zeros[2 * i + 1] = (float)(from[i] >> 4);
+/* Of outputs that are taken together. */
+typedef struct {
+    float *factors;       /* [outputs, rows, padded blocks] */
+    int32_t *zeros;       /* of the first output, as zero_sums leaves them */
+    int64_t next_zeros;   /* 0: the same for all */
+} Room;
+
+/* What the zero points take away from the sums of one output, which begin with it: [chunks, rows, units]. Without zero
+ * points it is the same for all outputs. */
+OUT_OF_LINE void zero_sums(const Weight *w, const Activations *x, int64_t n, int32_t *restrict to) {
+    const int64_t units = x->units == 1 ? w->block / CHUNK : 1; /* of a block */
+    const int offset = w->bits == 8 ? OFFSET : 0;
+    int64_t block = 0, left = units;
+    for (int64_t c = 0; c < x->chunks; c++)
+        for (int u = 0; u < x->units; u++) {
+            const int32_t zero = block < w->blocks ? weight_zero(w, n, block) - offset : 0;
+            for (int64_t i = c * x->rows * x->units + u; i < (c + 1) * x->rows * x->units; i += x->units)
+                to[i] = -zero * x->sums[i];
+            if (--left == 0) block++, left = units;
         }
-    }
 }
 
-/* Factors of every block of one output, scale of the weight times scale of x, and what the zero points take away. */
-OUT_OF_LINE Floats block_factors(const Weight *w, const Activations *x, int64_t n, int64_t m, const float *zeros,
-                                  float *factors) {
-    const float *scales = w->scales + n * w->blocks;
-    const float *rounded = x->scales + m * x->padded, *totals = x->totals + m * x->padded;
-    Floats sum = splat(0);
-    for (int64_t b = 0; b < w->blocks; b += LANES) {
-        const Floats factor = load_first_floats(scales + b, w->blocks - b) * load_floats(rounded + b);
-        store_floats(factors + b, factor);
-        sum = sum - factor * (load_floats(zeros + b) * load_floats(totals + b));
-    }
-    return sum;
+/* Factors of every block of one output: scale of the weight times scale of x. */
+INLINE void block_factors(const Weight *w, const Activations *x, int64_t n, int64_t m, float *factors) {
+    const float *scales = w->scales + n * w->blocks, *rounded = x->scales + m * x->padded;
+    for (int64_t b = 0; b < w->blocks; b += LANES)
+        store_floats(factors + b, load_first_floats(scales + b, w->blocks - b) * load_floats(rounded + b));
 }
 
 /* Of 4-bit codes, the low ones of every byte come first, as in the rows of x. */
@@ -67,19 +68,19 @@ INLINE void load_chunk(const uint8_t *from, Bytes *codes, int bits) {
     }
 }
 
-INLINE Floats multiply_chunk(const Bytes *codes, const int8_t *x, const float *factors, int bits, int units) {
+/* sum + products of a chunk of codes and of x, both in registers. zeros, factors: of the chunk's units. */
+INLINE Floats multiply_chunk(Floats sum, const Bytes *codes, const Bytes *x, const int32_t *zeros,
+                             const float *factors, int bits, int units) {
     const int pieces = REGISTERS * bits / 8; /* registers of bytes, in the order of the columns */
     const int together = units < pieces ? pieces / units : 1, blocks = units < pieces ? 1 : units / pieces;
-    Floats sum;
     UNROLL for (int i = 0; i < pieces; i += together) {
-        Ints d = begin(no_sums(), bits);
+        const Ints first = first_sums(zeros + i * units / pieces, blocks);
+        Ints d = begin(first, bits);
         UNROLL for (int j = i; j < i + together; j++) {
-            d = dot(d, codes[j], load_bytes(x + j * WIDTH), bits);
-            if (bits == 4) d = dot(d, codes[pieces + j], load_bytes(x + CHUNK / 2 + j * WIDTH), bits);
+            d = dot(d, codes[j], x[j], bits);
+            if (bits == 4) d = dot(d, codes[pieces + j], x[pieces + j], bits);
         }
-        const Floats product = to_floats(finish(no_sums(), d, bits)) * spread(factors + i * units / pieces, blocks);
-        if (i == 0) sum = product;
-        else sum = sum + product;
+        sum = sum + to_floats(finish(first, d, bits)) * spread(factors + i * units / pieces, blocks);
     }
     return sum;
 }
@@ -89,33 +90,55 @@ OUT_OF_LINE const uint8_t *padded_chunk(uint8_t *to, const uint8_t *from, int64_
     return memcpy(to, from, bytes);
 }
 
-INLINE void few_rows(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last, float *room,
-                     int bits, int units, int count) {
+/* Of `count` rows and `together` outputs, whose codes meet each register of x that was loaded. */
+INLINE void some_outputs(const Weight *w, const Activations *x, float *y, int64_t n, const Room *room, int bits,
+                         int units, int count, int together) {
     const int64_t bytes = weight_row_bytes(w), step = CHUNK * bits / 8, whole = bytes / step;
     const int64_t chunks_of_block = units == 1 ? w->block / CHUNK : 1;
-    float *zeros = room, *factors = room + x->padded;
+    const uint8_t *p = w->codes + n * bytes;
     uint8_t rest[CHUNK];
-    memset(zeros, 0, x->padded * sizeof(float));
-    read_zeros(w, first, zeros);
-    for (int64_t n = first; n < last; n++) {
-        const uint8_t *p = w->codes + n * bytes;
-        Floats sums[FEW_ROWS];
-        if (w->zeros != NULL) read_zeros(w, n, zeros);
-        UNROLL for (int i = 0; i < count; i++)
-            sums[i] = block_factors(w, x, n, i, zeros, factors + i * x->padded);
-        int64_t block = 0, left = chunks_of_block;
-        for (int64_t c = 0; c < x->chunks; c++, p += step) {
-            Bytes codes[REGISTERS];
+    Floats sums[TOGETHER * FEW_ROWS + 3];
+    UNROLL for (int s = 0; s < together * count + 3; s++)
+        sums[s] = splat(0);
+    int64_t block = 0, left = chunks_of_block;
+    for (int64_t c = 0; c < x->chunks; c++, p += step) {
+        Bytes codes[TOGETHER][REGISTERS];
+        UNROLL for (int o = 0; o < together; o++) {
             UNROLL for (int i = 0; i < step; i += LINE)
-                __builtin_prefetch((const char *)p + AHEAD + i, 0, 2);
-            load_chunk(c < whole ? p : padded_chunk(rest, p, bytes % step), codes, bits);
-            UNROLL for (int i = 0; i < count; i++)
-                sums[i] = sums[i] + multiply_chunk(codes, x->codes + (c * x->rows + i) * CHUNK,
-                                                   factors + i * x->padded + block, bits, units);
-            if (--left == 0) block += units, left = chunks_of_block;
+                __builtin_prefetch((const char *)p + o * bytes + AHEAD + i, 0, 2);
+            load_chunk(c < whole ? p + o * bytes : padded_chunk(rest, p + o * bytes, bytes % step), codes[o], bits);
         }
-        UNROLL for (int i = 0; i < count; i++)
-            y[i * w->rows + n] = sum_of_lanes(sums[i]) + (w->bias ? w->bias[n] : 0);
+        UNROLL for (int i = 0; i < count; i++) {
+            Bytes columns[REGISTERS];
+            UNROLL for (int j = 0; j < REGISTERS; j++)
+                columns[j] = in_register(load_bytes(x->codes + (c * count + i) * CHUNK + j * WIDTH));
+            UNROLL for (int o = 0; o < together; o++)
+                sums[i * together + o] = multiply_chunk(sums[i * together + o], codes[o], columns,
+                                                        room->zeros + o * room->next_zeros + (c * count + i) * units,
+                                                        room->factors + (o * count + i) * x->padded + block, bits,
+                                                        units);
+        }
+        if (--left == 0) block += units, left = chunks_of_block;
+    }
+    UNROLL for (int s = 0; s < together * count; s += 4) {
+        float four[4];
+        sums_of_lanes(sums + s, four);
+        for (int i = s; i < s + 4 && i < together * count; i++)
+            y[i / together * w->rows + n + i % together] = four[i - s] + (w->bias ? w->bias[n + i % together] : 0);
+    }
+}
+
+/* One output at a time of one row: what counts there is how fast weights come out of memory, one behind the other. */
+INLINE void few_rows(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last, const Room *room,
+                     int bits, int units, int count) {
+    const int pair = count > 1 ? TOGETHER : 1;
+    for (int64_t n = first; n < last; n += pair) {
+        for (int o = 0; o < pair && n + o < last; o++) {
+            if (n + o == first || w->zeros != NULL) zero_sums(w, x, n + o, room->zeros + o * room->next_zeros);
+            for (int i = 0; i < count; i++) block_factors(w, x, n + o, i, room->factors + (o * count + i) * x->padded);
+        }
+        if (n + pair <= last) some_outputs(w, x, y, n, room, bits, units, count, pair);
+        else some_outputs(w, x, y, n, room, bits, units, count, 1);
     }
 }
 
@@ -258,19 +281,21 @@ static void many_rows(const Weight *w, const Activations *x, float *y, int64_t f
 
 INLINE void few_rows_as(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last, int bits,
                         int units) {
-    float room[(1 + FEW_ROWS) * FEW_BLOCKS];
+    float factors[TOGETHER * FEW_ROWS * FEW_BLOCKS];
+    int32_t zeros[TOGETHER * FEW_ROWS * FEW_BLOCKS];
+    const Room room = {factors, zeros, w->zeros == NULL ? 0 : FEW_ROWS * FEW_BLOCKS};
     switch (x->rows) { /* counts that the compiler knows keep the sums in registers */
-    case 1: few_rows(w, x, y, first, last, room, bits, units, 1); break;
-    case 2: few_rows(w, x, y, first, last, room, bits, units, 2); break;
-    case 3: few_rows(w, x, y, first, last, room, bits, units, 3); break;
-    case 4: few_rows(w, x, y, first, last, room, bits, units, 4); break;
-    case 5: few_rows(w, x, y, first, last, room, bits, units, 5); break;
-    default: few_rows(w, x, y, first, last, room, bits, units, FEW_ROWS);
+    case 1: few_rows(w, x, y, first, last, &room, bits, units, 1); break;
+    case 2: few_rows(w, x, y, first, last, &room, bits, units, 2); break;
+    case 3: few_rows(w, x, y, first, last, &room, bits, units, 3); break;
+    case 4: few_rows(w, x, y, first, last, &room, bits, units, 4); break;
+    case 5: few_rows(w, x, y, first, last, &room, bits, units, 5); break;
+    default: few_rows(w, x, y, first, last, &room, bits, units, FEW_ROWS);
     }
 }
 
 static void multiply(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last) {
-    if (x->rows > FEW_ROWS || x->padded > FEW_BLOCKS) {
+    if (x->rows > FEW_ROWS || x->padded > FEW_BLOCKS || x->chunks * x->units > FEW_BLOCKS) {
         many_rows(w, x, y, first, last);
     } else if (w->bits == 4) {
         if (x->units == 1) few_rows_as(w, x, y, first, last, 4, 1);
