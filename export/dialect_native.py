@@ -1,15 +1,17 @@
 """The native dialect: ONNX Runtime's graphs with edgevl's own operators (runtime/native) in them.
 
 Products with weights in blocks are ours in place of MatMulNBits; those of W8A8 round their inputs themselves and have
-QuickGelu behind them. Either multiplies with a gate or adds a residual by the way. Attention of a vision encoder is in
-int8 and rotates queries and keys itself. The weights' bytes are the same, so each is a second small file beside the
-graph that stays for devices without the kernels: they are built where a C compiler is found.
+QuickGelu behind them. Either normalises its rows first, and multiplies with a gate or adds a residual by the way.
+Attention of a vision encoder is in int8 and rotates queries and keys itself. The weights' bytes are the same, so each
+is a second small file beside the graph that stays for devices without the kernels: they are built where a C compiler is
+found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from edgevl.export.dialect_ort import OrtDialect, nbits_attributes
@@ -23,6 +25,12 @@ __all__ = ["NativeDialect", "has_native_decoder", "has_native_vision"]
 
 _LEAST_BLOCK = 32
 _MOST_HEAD_DIM = 128
+_PLACES = {  # of inputs (runtime/native/matmul_nbits.c, int8_operators.c)
+    ("MatMulNBits", "gate"): 6,
+    ("MatMulNBits", "residual"): 7,
+    ("MatMulInt8", "gate"): 4,
+    ("MatMulInt8", "residual"): 5,
+}
 _HEAD_DIM_UNIT, _MOST_GROUP = 16, 96  # of attention in a decoder (runtime/native/causal.h)
 
 
@@ -55,7 +63,8 @@ class NativeDialect(OrtDialect):
     def _matmul_nbits(self, x: ir.Value, weight: BlockWeights, bias: ir.Value | None) -> ir.Value:
         if weight.order is not None:
             x = self._columns(x, weight.order)
-        inputs = [x, weight.codes, weight.scales, weight.zero_points, None, bias, None, None]
+        x, norm = self._before_norm(x)
+        inputs = [x, weight.codes, weight.scales, weight.zero_points, None, bias, None, None, *norm]
         return self.builder.op("MatMulNBits", inputs, nbits_attributes(weight), domain=EDGEVL)
 
     def _w8a8_product(self, x: ir.Value, names: Sequence[str], bias: ir.Value | None) -> ir.Value:
@@ -68,9 +77,21 @@ class NativeDialect(OrtDialect):
         codes, scales = self._weights.channels(names)
         size = {"K": self._weights.columns_of(names[0]), "N": self._weights.rows_of(names)}
         attributes = {**size, "quick_gelu": 0, "affine": affine}
-        return self.builder.op("MatMulInt8", [x, codes, scales, bias, None, None], attributes, domain=EDGEVL)
+        x, norm = self._before_norm(x)
+        return self.builder.op("MatMulInt8", [x, codes, scales, bias, None, None, *norm], attributes, domain=EDGEVL)
 
-    # ------------------------------------------------------------------ what a product does to its output by the way
+    # ------------------------------------------------------------------ what a product does by the way
+
+    def _before_norm(self, x: ir.Value) -> tuple[ir.Value, list[ir.Value | None]]:
+        """What a norm in front of x was given, with the norm's weight, bias and epsilon; x itself and nothing else
+        where there is none. The norm's own node stays for others that read it."""
+        node = x.producer()
+        if node is None or node.op_type not in ("RMSNormalization", "LayerNormalization"):
+            return x, [None, None, None]
+        given, weight, *bias = node.inputs
+        assert given is not None
+        epsilon = np.array([node.attributes["epsilon"].as_float()], np.float32)
+        return given, [weight, *(bias or [None]), self.builder.constant(f"epsilon_{epsilon[0]}", epsilon)]
 
     def quick_gelu(self, x: ir.Value) -> ir.Value:
         product = self._own_product(x)
@@ -80,17 +101,17 @@ class NativeDialect(OrtDialect):
         return x
 
     def gated(self, gate: ir.Value, up: ir.Value) -> ir.Value:
-        return self._with(up, gate, 2) or super().gated(gate, up)
+        return self._with(up, "gate", gate) or super().gated(gate, up)
 
     def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        return self._with(b, a, 1) or super().add(a, b)
+        return self._with(b, "residual", a) or super().add(a, b)
 
-    def _with(self, product: ir.Value, other: ir.Value, place: int) -> ir.Value | None:
-        """The product with `other` as its last input but `place` - 1; None where it is not one of ours."""
+    def _with(self, product: ir.Value, place: str, other: ir.Value) -> ir.Value | None:
+        """The product with `other` as its gate or residual; None where it is not one of ours."""
         node = self._own_product(product)
         if node is None:
             return None
-        node.replace_input_with(len(node.inputs) - place, other)
+        node.replace_input_with(_PLACES[node.op_type, place], other)
         return product
 
     def _own_product(self, x: ir.Value) -> ir.Node | None:
@@ -109,7 +130,6 @@ class NativeDialect(OrtDialect):
         split = q.producer()
         if split is not None and split.op_type == "Split":  # read where the merged product left them
             given = [split.inputs[0], None, None]
-            self.builder.drop(split)
         tables = [self.input(name) for name in ("rotary_cos", "rotary_sin")]
         inputs = [*given, *tables, *past, self.input("seqlens_k")]
         attributes = {"num_heads": t.num_attention_heads, "kv_num_heads": t.num_key_value_heads}

@@ -166,12 +166,6 @@ class GraphBuilder:
         self._domains.add(domain)
         return node.outputs if outputs > 1 else node.outputs[0]
 
-    def drop(self, node: ir.Node) -> None:
-        """Take back a node whose outputs nothing uses."""
-        if any(value.uses() for value in node.outputs):
-            raise ValueError(f"{node.name} is used")
-        self._nodes.remove(node)
-
     def either(
         self,
         condition: ir.Value,
@@ -238,12 +232,23 @@ class GraphBuilder:
         graph = ir.Graph(
             [self._inputs[t.name] for t in self.spec.inputs],
             [self._outputs[t.name] for t in self.spec.outputs],
-            nodes=self._nodes,
+            nodes=self._used_nodes(),
             initializers=list(self._initializers.values()),
             opset_imports={domain: 1 if domain else self._opset for domain in sorted(self._domains)},
             name=self.spec.name,
         )
         ir.save(ir.Model(graph, ir_version=self._ir_version, producer_name="edgevl"), path)
+
+    def _used_nodes(self) -> list[ir.Node]:
+        """Without those whose outputs nothing uses: another node has taken over what they did."""
+        outputs, used = set(self._outputs.values()), []
+        for node in reversed(self._nodes):
+            if any(value in outputs or value.uses() for value in node.outputs):
+                used.append(node)
+            else:
+                for place in range(len(node.inputs)):
+                    node.replace_input_with(place, None)
+        return used[::-1]
 
     def _register(self, key: str, tensor: ir.TensorProtocol) -> None:
         self._initializers[key] = ir.Value(

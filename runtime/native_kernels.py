@@ -33,7 +33,7 @@ __all__ = [
 SWITCH = "EDGEVL_KERNELS"  # environment: "off" leaves the kernels out
 _NAME = "_kernels*.so"
 _INT8 = "edgevl_int8_instructions"
-_NEWEST = "edgevl_read_memory"  # what a library of older sources has not, which may lack operators of today's bundles
+_NEWEST = "edgevl_normalize"  # what a library of older sources has not, which may lack operators of today's bundles
 _LINE = 64  # bytes of a cache line
 
 

@@ -164,6 +164,33 @@ def try_to_multiply(
     return y.copy()
 
 
+def norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, epsilon: float) -> np.ndarray:
+    """Of rows [M, K] in float64: RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467, 4), or LayerNorm (Ba et al. 2016,
+    arXiv:1607.06450, 2) where there is a bias."""
+    x = x.astype(np.float64)
+    if bias is not None:
+        x = x - x.mean(-1, keepdims=True)
+    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * weight
+    return y if bias is None else y + bias
+
+
+class _Norm(ctypes.Structure):
+    """Of runtime/native/nbits.h."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("epsilon", ctypes.c_float))
+
+
+def normalize(name: str, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, epsilon: float) -> np.ndarray:
+    """A row [K] by the kernels `name`; skips the test as `multiply` does."""
+    x, weight, y = np.ascontiguousarray(x), np.ascontiguousarray(weight), np.full(len(x), np.nan, np.float32)
+    call = _Norm(weight.ctypes.data, None if bias is None else bias.ctypes.data, epsilon)
+    function = ctypes.CDLL(str(library_path())).edgevl_normalize
+    function.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    if function(name.encode(), ctypes.byref(call), x.ctypes.data, len(x), y.ctypes.data):
+        pytest.skip(f"this processor has no {name}, or the library was built for another kind of processor")
+    return y
+
+
 @dataclass
 class Tokens:
     """New tokens and the cache that they are written to, float32.

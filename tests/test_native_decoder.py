@@ -171,6 +171,7 @@ def test_it_is_the_decoder_over_the_same_bytes(bundle: Path) -> None:
         assert fewer["MatMulInt8"] == 5 * layers and not {"DynamicQuantizeMatMul", "ReduceMax", "Div"} & set(fewer)
     else:
         beside = {"QuickGelu": layers, "Mul": layers, "Add": 2 * layers}
+        beside["RMSNormalization"] = 2 * layers + 1
         attention = {"If": layers, "Split": layers, "RotaryEmbedding": 2 * layers}
         for_steps = {"Equal": 1, "Shape": 3, "Gather": 3, "Cast": 1, "Range": 2, "Reshape": 3, "Mul": 2, "Add": 2}
         for_steps |= {"LessOrEqual": 1, "Where": 1}

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from native_oracle import norm
 from onnx import TensorProto, helper, numpy_helper
 
 from edgevl.runtime.errors import EdgeVLError
@@ -162,6 +163,30 @@ def test_a_gate_and_a_residual_come_behind(rows: int) -> None:
     assert np.abs(y - expected).max() < 2e-6 * np.abs(expected).max()
     with pytest.raises(Exception, match="not of the output's shape"):
         answer(run, {"x": x, "gate": gate[:, :1].repeat(40, 1)[:0], "residual": residual})
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_rows_are_normalized_first(rows: int, bias: bool) -> None:
+    rng = np.random.default_rng(rows)
+    x = (rng.standard_normal((rows, 96)) * 30 + 5).astype(np.float32)
+    weight, added = rng.standard_normal((2, 96)).astype(np.float32)
+    constants = {"w": rng.integers(-127, 128, (96, 40), dtype=np.int8), "s": (rng.random(40) * 0.01).astype(np.float32)}
+    norms = {"norm_weight": weight, "norm_bias": added, "norm_epsilon": np.array([1e-5], np.float32)}
+    if not bias:
+        del norms["norm_bias"]
+    names = ["x", *constants, "", "", "", *(name if name in norms else "" for name in ("norm_weight", "norm_bias"))]
+    node = helper.make_node(
+        "MatMulInt8", [*names, "norm_epsilon"], ["y"], domain="edgevl", K=96, N=40, quick_gelu=0, affine=0
+    )
+    given = norm(x, weight, added if bias else None, 1e-5).astype(np.float32)
+    expected = product(given, constants["w"], constants["s"], None, False, False)
+    off = np.abs(answer(opened(node, {"x": ["m", 96]}, constants | norms, 2), {"x": x}) - expected)
+    step = np.abs(given).max() / 127 * np.abs(constants["s"]).max() * 127  # of one code that float32 has moved
+    assert off.max() < 2 * step and np.median(off) < 1e-5 * np.median(np.abs(expected))
+    wrong = constants | norms | {"norm_weight": weight[:95]}
+    with pytest.raises(Exception, match="norm_weight or norm_bias has not K numbers"):
+        answer(opened(node, {"x": ["m", 96]}, wrong, 2), {"x": x})
 
 
 def test_a_product_by_hand() -> None:

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native_oracle import KERNELS, Weights, library_path, multiply, product, random_weights, try_to_multiply
+from native_oracle import (
+    EPSILON,
+    KERNELS,
+    Weights,
+    library_path,
+    multiply,
+    norm,
+    normalize,
+    product,
+    random_weights,
+    try_to_multiply,
+)
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 12, 13, 29)  # of x: where kernels change their way, and around
 MANY_ROWS = 400  # more than a tile's rows are kept for
@@ -165,6 +176,33 @@ def products_between_guards(kernel: str) -> None:
                 w = random_weights(bits, block, n, k, zeros=True, bias=True)
                 for rows in (1, 3, 7, 29):
                     multiply(kernel, w, activations(rows, k), lambda a, end=at_end: between_guards(a, end))
+
+
+@each_kernel
+@pytest.mark.parametrize("bias", [False, True], ids=["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("columns", [1, 15, 16, 97, 1280])
+def test_norms(kernel: str, columns: int, bias: bool) -> None:
+    """Small, plain and large rows, and one far from 0, whose variance a sum of squares alone would lose. A mean is off
+    by what its sum is: 3 √n units for n additions, as in `product`."""
+    rng = np.random.default_rng(columns)
+    weight, added = rng.normal(size=(2, columns)).astype(np.float32)
+    for size, middle in ((1e-4, 0), (1, 0), (1e4, 0), (1, 1000)):
+        x = (rng.normal(size=columns) * size + middle).astype(np.float32)
+        expected = norm(x, weight, added if bias else None, 1e-6)
+        found = normalize(kernel, x, weight, added if bias else None, 1e-6)
+        mean = 3 * (columns / 16 + 16) ** 0.5 * EPSILON * middle if bias else 0
+        off = 1e-6 * (np.abs(expected) + np.abs(weight) + 1e-3) + mean * np.abs(weight) / max(x.std(), 1e-3)
+        assert (np.abs(found - expected) <= off).all(), (size, middle, np.abs(found - expected).max())
+
+
+@each_kernel
+def test_norms_by_hand(kernel: str) -> None:
+    x = np.array([3, 4, 0, 0], np.float32)  # the mean square is 6.25, the mean 1.75
+    weight, bias = np.array([1, 2, 3, 4], np.float32), np.array([0, 0, 0, 7], np.float32)
+    np.testing.assert_allclose(normalize(kernel, x, weight, None, 0), [1.2, 3.2, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(normalize(kernel, x, weight, None, 93.75), [0.3, 0.8, 0, 0], rtol=1e-6)
+    by_hand = np.array([1.25, 2 * 2.25, 3 * -1.75, 4 * -1.75]) / 3.1875**0.5 + bias
+    np.testing.assert_allclose(normalize(kernel, x, weight, bias, 0), by_hand, rtol=1e-6)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect through ctypes is written for Linux")

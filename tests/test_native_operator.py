@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from conftest import MakePair
-from native_oracle import Weights, product, random_weights, usable_library
+from native_oracle import Weights, norm, product, random_weights, usable_library
 from onnx import TensorProto, helper, numpy_helper
 
 from edgevl.runtime import cli, native_kernels
@@ -108,6 +108,52 @@ def with_inputs(content: bytes, beside: dict[str, np.ndarray]) -> bytes:
     found.graph.node[0].input.extend(names if names[1] else names[:1])
     shape = ["batch", "sequence", "columns"]
     found.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in beside)
+    return found.SerializeToString()
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("rows", [1, 4, 29])
+def test_rows_are_normalized_first(library: Path, rows: int, bias: bool) -> None:
+    """What float32 is off by in the norm may move a code: a step of 1/127 of the largest number, once or twice."""
+    w, rng = random_weights(4, 128, 150, 1000, zeros=True, bias=True), np.random.default_rng(rows)
+    x = (rng.normal(size=(1, rows, 1000)) * 30 + 5).astype(np.float32)
+    norms = {"norm_weight": rng.normal(size=1000), "norm_bias": rng.normal(size=1000) if bias else None}
+    given = {name: array.astype(np.float32) for name, array in norms.items() if array is not None}
+    given["norm_epsilon"] = np.array([1e-5], np.float32)
+    rows_of = norm(x[0], given["norm_weight"], given.get("norm_bias"), 1e-5).astype(np.float32)
+    expected, off = product(w, rows_of)
+    for threads in (1, 2):
+        y = run(with_constants(model(OURS, w), given), x, library, threads)[0]
+        steps = np.abs(rows_of).max() / 127 * np.abs(w.scales).max() * 15
+        assert (np.abs(y - expected) <= off + 2 * steps).all()
+        assert np.median(np.abs(y - expected)) < np.median(np.abs(expected)) * 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_epsilon": None}, "norm_weight and norm_epsilon go together"),
+        ({"norm_weight": None}, "norm_weight and norm_epsilon go together"),
+        ({"norm_weight": None, "norm_epsilon": None}, "and norm_bias with them"),
+        ({"norm_weight": 63}, "norm_weight or norm_bias has not K numbers, or norm_epsilon not one"),
+        ({"norm_bias": 65}, "norm_weight or norm_bias has not K numbers, or norm_epsilon not one"),
+        ({"norm_epsilon": 2}, "norm_weight or norm_bias has not K numbers, or norm_epsilon not one"),
+    ],
+)
+def test_half_a_norm_is_refused(library: Path, changes: dict[str, int | None], message: str) -> None:
+    sizes = {"norm_weight": 64, "norm_bias": 64, "norm_epsilon": 1, **changes}
+    given = {name: np.ones(size, np.float32) for name, size in sizes.items() if size is not None}
+    content = with_constants(model(OURS, random_weights(4, 32, 40, 64, zeros=False, bias=True)), given)
+    with pytest.raises(Exception, match=message):
+        run(content, np.ones((1, 1, 64), np.float32), library)
+
+
+def with_constants(content: bytes, given: dict[str, np.ndarray]) -> bytes:
+    """The model with its product's norm: the inputs behind gate and residual."""
+    found = onnx.load_from_string(content)
+    names = ("norm_weight", "norm_bias", "norm_epsilon")
+    found.graph.node[0].input.extend(["", "", *(name if name in given else "" for name in names)])
+    found.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in given.items())
     return found.SerializeToString()
 
 

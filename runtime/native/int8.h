@@ -50,6 +50,7 @@ typedef struct {
     int (*supported)(void);
     /* From ONNX's order [columns, rows] into room for w's codes and sums. */
     void (*pack)(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t *sums);
+    /* Rows [first, last), which x begins with. */
     void (*round)(const Int8Weight *w, const float *x, const Int8Rows *to, int64_t first, int64_t last);
     void (*multiply)(const Int8Weight *w, const Int8Rows *x, float *y, int64_t first, int64_t last);
     /* head: frame × heads + head; block: of QUERIES rows. */

@@ -29,7 +29,7 @@ INLINE float row_scale(const float *row, int64_t columns, int affine, int32_t *z
 
 static void round_rows(const Int8Weight *w, const float *x, const Int8Rows *to, int64_t first, int64_t last) {
     for (int64_t m = first; m < last; m++) {
-        const float *row = x + m * w->columns;
+        const float *row = x + (m - first) * w->columns;
         to->scales[m] = row_scale(row, w->columns, w->affine, to->zeros + m);
         const __m512 inverse = _mm512_set1_ps(1 / to->scales[m]);
         const __m512i zero = _mm512_set1_epi32(to->zeros[m]), none = _mm512_setzero_si512();

@@ -7,7 +7,8 @@
 #include <math.h>
 
 enum {
-    TASK_OUTPUTS = 64,   /* a multiple of a tile's */
+    NORM = 6, INPUTS = 9,
+    TASK_OUTPUTS = 32,   /* a multiple of a tile's */
     ROWS_AT_A_TIME = 16, /* to round */
 };
 
@@ -25,13 +26,14 @@ EXPORT const char *edgevl_int8_instructions(void) {
 }
 
 /* ------------------------------------------------------------------------------------------------------ MatMulInt8
- * A float [..., K], B int8 [K, N], scales float [N], bias float [N] or none, gate and residual of the output's shape or
- * none (as in matmul_nbits.c); attributes K, N, quick_gelu and affine (0 or 1).
+ * A float [..., K], B int8 [K, N], scales float [N], bias float [N] or none, gate, residual, norm_weight, norm_bias and
+ * norm_epsilon or none (as in matmul_nbits.c); attributes K, N, quick_gelu and affine (0 or 1).
  */
 
 typedef struct {
     Api api;
     const Int8Kernels *kernels;
+    const Kernels *norms; /* which normalise */
     Int8Weight weight; /* its codes and sums are ours, scales and bias the graph's, set for every call */
     int64_t quick_gelu, affine;
     int checked; /* the sizes of scales and bias, which do not change from call to call */
@@ -41,15 +43,21 @@ typedef struct {
     const Product *node;
     Int8Weight weight;
     Int8Rows rounded;
+    Norm norm;
     const float *x;
     float *y;
+    int failed; /* a task had no memory */
 } ProductCall;
 
 static void round_task(void *data, size_t i) {
-    const ProductCall *call = data;
-    const int64_t first = (int64_t)i * ROWS_AT_A_TIME, last = first + ROWS_AT_A_TIME;
-    call->node->kernels->round(&call->weight, call->x, &call->rounded, first,
-                               last < call->rounded.rows ? last : call->rounded.rows);
+    ProductCall *call = data;
+    const int64_t first = (int64_t)i * ROWS_AT_A_TIME, left = call->rounded.rows - first;
+    const int64_t rows = left < ROWS_AT_A_TIME ? left : ROWS_AT_A_TIME, columns = call->weight.columns;
+    float *room;
+    const float *x = normalized(call->node->norms, &call->norm, call->x + first * columns, rows, columns, &room);
+    if (x == NULL) __atomic_store_n(&call->failed, 1, __ATOMIC_RELAXED);
+    else call->node->kernels->round(&call->weight, x, &call->rounded, first, first + rows);
+    free(room);
 }
 
 static void multiply_task(void *data, size_t i) {
@@ -63,6 +71,7 @@ static Status *check_sizes(Product *node, const KernelContext *context) {
     const char *const mismatch = "edgevl.MatMulInt8: scales or bias has not N numbers";
     CHECK(check_size(node->api, context, 2, node->weight.rows, mismatch));
     CHECK(check_size(node->api, context, 3, node->weight.rows, mismatch));
+    CHECK(check_norm(node->api, context, NORM, node->weight.columns));
     node->checked = 1;
     return NULL;
 }
@@ -79,16 +88,19 @@ static Status *multiply(void *kernel, KernelContext *context) {
     CHECK(input_data(api, context, 3, &w->bias));
     CHECK(like_output(api, context, 4, w->columns, w->rows, &w->gate));
     CHECK(like_output(api, context, 5, w->columns, w->rows, &w->residual));
+    CHECK(norm_inputs(api, context, NORM, &call.norm));
     CHECK(open_product(api, context, w->columns, w->rows, "edgevl.MatMulInt8: the last axis of A is not K", &rows,
                        &call.y));
     if (rows == 0) return NULL;
     call.rounded.rows = rows;
     const size_t codes = rows * up_to(w->columns, DEPTH), numbers = up_to(rows * sizeof(float), 64);
     char *room = aligned_alloc(64, codes + 2 * numbers);
-    if (room == NULL) return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: no memory for the rounded rows");
+    const char *const no_memory = "edgevl.MatMulInt8: no memory for the rounded rows";
+    if (room == NULL) return CreateStatus(api)(ABI_FAIL, no_memory);
     call.rounded.codes = (uint8_t *)room, call.rounded.scales = (float *)(room + codes);
     call.rounded.zeros = (int32_t *)(room + codes + numbers);
     Status *status = parallel(api, context, round_task, up_to(rows, ROWS_AT_A_TIME) / ROWS_AT_A_TIME, &call);
+    if (status == NULL && call.failed) status = CreateStatus(api)(ABI_FAIL, no_memory);
     if (status == NULL)
         status = parallel(api, context, multiply_task, up_to(w->rows, TASK_OUTPUTS) / TASK_OUTPUTS, &call);
     free(room);
@@ -131,7 +143,7 @@ static Status *pack(Api api, const KernelInfo *info, const Int8Kernels *kernels,
 
 static Status *create_product(const CustomOp *op, Api api, const KernelInfo *info, void **kernel) {
     (void)op;
-    Product node = {.api = api, .kernels = usable_int8_kernels()};
+    Product node = {.api = api, .kernels = usable_int8_kernels(), .norms = usable_kernels()};
     Int8Weight *w = &node.weight;
     const char *const names[] = {"N", "K", "quick_gelu", "affine"};
     int64_t *const to[] = {&w->rows, &w->columns, &node.quick_gelu, &node.affine};
@@ -153,7 +165,7 @@ static void destroy_product(void *kernel) {
 }
 
 static const char *product_name(const CustomOp *op) { (void)op; return "MatMulInt8"; }
-static size_t product_inputs(const CustomOp *op) { (void)op; return 6; }
+static size_t product_inputs(const CustomOp *op) { (void)op; return INPUTS; }
 static int product_type(const CustomOp *op, size_t i) { (void)op; return i == 1 ? ABI_INT8 : ABI_FLOAT; }
 static int product_kind(const CustomOp *op, size_t i) { (void)op; return i < 3 ? ABI_REQUIRED : ABI_OPTIONAL; }
 

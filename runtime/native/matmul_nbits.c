@@ -2,8 +2,9 @@
  *
  * Inputs and attributes are those of com.microsoft.MatMulNBits: A float [..., K], B uint8 [N, blocks, block_size × bits
  * / 8], scales float [N, blocks], zero_points uint8 [N, ceil(blocks × bits / 8)] or none, g_idx, which must be absent,
- * bias float [N] or none. Two more, each of the output's shape or none: gate, whose SiLU the output is multiplied with,
- * and residual, which is added to it. Weights are read where they are, out of the mapped file: nothing is repacked or
+ * bias float [N] or none. More, all of them optional: gate and residual of the output's shape, the one's SiLU is
+ * multiplied with the output, the other added to it; norm_weight and norm_bias float [K] and norm_epsilon float [1], by
+ * which rows of A are normalised at first (Norm in nbits.h). Weights are read where they are, out of the mapped file: nothing is repacked or
  * copied.
  */
 #include "nbits.h"
@@ -11,7 +12,7 @@
 
 enum {
     TASK_BYTES = 1 << 17, /* of weights, that one thread takes at a time: some 10 µs, so that none waits for long */
-    G_IDX = 4, BIAS = 5, GATE = 6, RESIDUAL = 7, INPUTS = 8,
+    G_IDX = 4, BIAS = 5, GATE = 6, RESIDUAL = 7, NORM = 8, INPUTS = 11,
     TASK_OUTPUTS = 32,    /* a multiple of a tile's */
     ROWS_AT_A_TIME = 8,   /* to round */
 };
@@ -56,6 +57,16 @@ EXPORT int edgevl_multiply(const char *name, const Weight *w, const float *x, in
     return 1;
 }
 
+/* For tests: a row of x [columns], normalised by the kernels `name`. 0: done, 1: not on this one. */
+EXPORT int edgevl_normalize(const char *name, const Norm *norm, const float *x, int64_t columns, float *to) {
+    for (const Kernels *const *k = all_kernels; *k != NULL; k++)
+        if (strcmp((*k)->name, name) == 0 && (*k)->supported()) {
+            (*k)->normalize(norm, x, columns, to);
+            return 0;
+        }
+    return 1;
+}
+
 /* ---------------------------------------------------------------------------------------------------- the operator */
 
 typedef struct {
@@ -69,16 +80,23 @@ typedef struct {
     const Node *node;
     Weight weight;
     Activations rounded;
+    Norm norm;
     const float *x, *gate, *residual;
     float *y;
     int64_t outputs; /* of a task */
+    int failed;      /* a task had no memory */
 } Call;
 
 static void round_task(void *data, size_t i) {
-    const Call *call = data;
-    const int64_t first = (int64_t)i * ROWS_AT_A_TIME, last = first + ROWS_AT_A_TIME;
-    call->node->kernels->round(&call->weight, call->x, &call->rounded, first,
-                               last < call->rounded.rows ? last : call->rounded.rows);
+    Call *call = data;
+    const Kernels *kernels = call->node->kernels;
+    const int64_t first = (int64_t)i * ROWS_AT_A_TIME, left = call->rounded.rows - first;
+    const int64_t rows = left < ROWS_AT_A_TIME ? left : ROWS_AT_A_TIME, columns = call->weight.columns;
+    float *room;
+    const float *x = normalized(kernels, &call->norm, call->x + first * columns, rows, columns, &room);
+    if (x == NULL) __atomic_store_n(&call->failed, 1, __ATOMIC_RELAXED);
+    else kernels->round(&call->weight, x, &call->rounded, first, first + rows);
+    free(room);
 }
 
 static void multiply_task(void *data, size_t i) {
@@ -99,6 +117,7 @@ static Status *check_sizes(Node *node, const KernelContext *context, const Weigh
     CHECK(check_size(node->api, context, 2, w->rows * w->blocks, mismatch));
     CHECK(check_size(node->api, context, 3, w->rows * ((w->blocks * w->bits + 7) / 8), mismatch));
     CHECK(check_size(node->api, context, BIAS, w->rows, mismatch));
+    CHECK(check_norm(node->api, context, NORM, w->columns));
     node->checked = 1;
     return NULL;
 }
@@ -121,18 +140,21 @@ static Status *compute(void *kernel, KernelContext *context) {
     CHECK(input_data(api, context, BIAS, &w->bias));
     CHECK(like_output(api, context, GATE, w->columns, w->rows, &call.gate));
     CHECK(like_output(api, context, RESIDUAL, w->columns, w->rows, &call.residual));
+    CHECK(norm_inputs(api, context, NORM, &call.norm));
     if (order != NULL)
         return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: takes no g_idx; reorder A's columns");
     CHECK(open_product(api, context, w->columns, w->rows, "edgevl.MatMulNBits: the last axis of A is not K", &rows,
                        &call.y));
     if (rows == 0) return NULL;
     void *room = make_room(w, rows, &call.rounded);
-    if (room == NULL) return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: no memory for the rounded rows");
+    const char *const no_memory = "edgevl.MatMulNBits: no memory for the rounded rows";
+    if (room == NULL) return CreateStatus(api)(ABI_FAIL, no_memory);
     Status *status = NULL;
     if (rows <= ROWS_AT_A_TIME)
-        node->kernels->round(w, call.x, &call.rounded, 0, rows);
+        round_task(&call, 0);
     else
         status = parallel(api, context, round_task, up_to(rows, ROWS_AT_A_TIME) / ROWS_AT_A_TIME, &call);
+    if (status == NULL && call.failed) status = CreateStatus(api)(ABI_FAIL, no_memory);
     const int64_t wanted = TASK_BYTES / weight_row_bytes(w);
     call.outputs = up_to(wanted > 1 ? wanted : 1, TASK_OUTPUTS);
     if (status == NULL)

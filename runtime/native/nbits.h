@@ -31,10 +31,19 @@ typedef struct {
     int units;       /* of a chunk: 1, 2 or 4 */
 } Activations;
 
+/* What is done to a row of x before it is rounded, y = x / sqrt(mean(x²) + epsilon) × weight, or LayerNorm where there
+ * is a bias: of x less its mean, plus the bias. */
+typedef struct {
+    const float *weight; /* [columns], or NULL: nothing is done */
+    const float *bias;   /* [columns], or NULL */
+    float epsilon;
+} Norm;
+
 typedef struct {
     const char *name;
     int (*supported)(void);
-    /* Rows [first, last) of x [rows, columns] into `to`. */
+    void (*normalize)(const Norm *norm, const float *x, int64_t columns, float *to);
+    /* Rows [first, last), which x begins with, into `to`. */
     void (*round)(const Weight *w, const float *x, const Activations *to, int64_t first, int64_t last);
     /* Outputs [first, last), which are rows of the weight, of every row of x: y [x->rows, w->rows]. */
     void (*multiply)(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last);

@@ -156,11 +156,11 @@ static int supported(void) {
     return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
-const Kernels nbits_avx_vnni = {"avx-vnni", supported, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
+const Kernels nbits_avx_vnni = {"avx-vnni", supported, normalize, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
 
 #else
 
-const Kernels nbits_avx2 = {"avx2", has_avx2, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
+const Kernels nbits_avx2 = {"avx2", has_avx2, normalize, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
 
 #endif
 

@@ -103,7 +103,7 @@ INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
 #include "nbits_multiply.h"
 #include "causal_attention.h"
 
-const Kernels nbits_avx512 = {"avx512-vnni", has_avx512_vnni, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
+const Kernels nbits_avx512 = {"avx512-vnni", has_avx512_vnni, normalize, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -58,7 +58,7 @@ INLINE void round_chunk(const Weight *w, const float *x, const Activations *to, 
 
 static inline void round_rows(const Weight *w, const float *x, const Activations *to, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
-        const float *from = x + row * w->columns;
+        const float *from = x + (row - first) * w->columns;
         float *scales = to->scales + row * to->padded;
         memset(scales, 0, to->padded * sizeof(float));
         for (int64_t b = 0; b < w->blocks; b++) {
@@ -67,6 +67,34 @@ static inline void round_rows(const Weight *w, const float *x, const Activations
         }
         for (int64_t chunk = 0; chunk < to->chunks; chunk++) round_chunk(w, from, to, row, chunk);
     }
+}
+
+typedef float Sixteen __attribute__((vector_size(64))); /* as registers of any width */
+
+/* Sum of (x - mean)^power, power 1 or 2. */
+INLINE float sum_of_powers(const float *x, int64_t count, float mean, int power) {
+    Sixteen sums = {0};
+    float sum = 0;
+    int64_t k = 0;
+    for (; k + 16 <= count; k += 16) {
+        Sixteen term;
+        memcpy(&term, x + k, sizeof term);
+        term -= mean;
+        sums += power == 1 ? term : term * term;
+    }
+    for (; k < count; k++) sum += power == 1 ? x[k] - mean : (x[k] - mean) * (x[k] - mean);
+    for (int i = 0; i < 16; i++) sum += sums[i];
+    return sum;
+}
+
+static inline void normalize(const Norm *norm, const float *x, int64_t columns, float *restrict to) {
+    const float count = (float)columns, mean = norm->bias ? sum_of_powers(x, columns, 0, 1) / count : 0;
+    const float factor = 1 / __builtin_sqrtf(sum_of_powers(x, columns, mean, 2) / count + norm->epsilon);
+    const float *weight = norm->weight, *bias = norm->bias;
+    if (bias == NULL)
+        for (int64_t k = 0; k < columns; k++) to[k] = x[k] * factor * weight[k];
+    else
+        for (int64_t k = 0; k < columns; k++) to[k] = (x[k] - mean) * factor * weight[k] + bias[k];
 }
 
 /* 2^x within 2e-7 of itself, as a compiler can vectorise it; x beyond ±126 counts as that. */

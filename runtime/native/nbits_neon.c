@@ -103,7 +103,7 @@ static int supported(void) {
 #endif
 }
 
-const Kernels nbits_neon = {"neon-dotprod", supported, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
+const Kernels nbits_neon = {"neon-dotprod", supported, normalize, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
 
 #ifdef PUSHED
 #pragma clang attribute pop

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "nbits.h"
 #include "ort_abi.h"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -89,6 +90,37 @@ static inline Status *like_output(Api api, const KernelContext *context, size_t 
     CHECK(input_size(api, context, 0, &size));
     return check_size(api, context, index, size / columns * outputs,
                       "edgevl: gate or residual is not of the output's shape");
+}
+
+/* For products: the inputs norm_weight, norm_bias and norm_epsilon, from `first` on, all three optional. */
+static inline Status *norm_inputs(Api api, const KernelContext *context, size_t first, Norm *norm) {
+    const float *epsilon = NULL;
+    CHECK(input_data(api, context, first, &norm->weight));
+    CHECK(input_data(api, context, first + 1, &norm->bias));
+    CHECK(input_data(api, context, first + 2, &epsilon));
+    if ((norm->weight == NULL) != (epsilon == NULL) || (norm->weight == NULL && norm->bias != NULL))
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl: norm_weight and norm_epsilon go together, and "
+                                                       "norm_bias with them");
+    if (epsilon != NULL) norm->epsilon = *epsilon;
+    return NULL;
+}
+
+static inline Status *check_norm(Api api, const KernelContext *context, size_t first, int64_t columns) {
+    const char *const mismatch = "edgevl: norm_weight or norm_bias has not K numbers, or norm_epsilon not one";
+    for (size_t i = 0; i < 2; i++) CHECK(check_size(api, context, first + i, columns, mismatch));
+    return check_size(api, context, first + 2, 1, mismatch);
+}
+
+/* Rows of x, normalised in memory that is to be freed afterwards; those of x itself without a norm. NULL: no memory. */
+static inline const float *normalized(const Kernels *kernels, const Norm *norm, const float *x, int64_t rows,
+                                      int64_t columns, float **room) {
+    *room = NULL;
+    if (norm->weight == NULL) return x;
+    *room = malloc(rows * columns * sizeof(float));
+    if (*room == NULL) return NULL;
+    for (int64_t m = 0; m < rows; m++)
+        kernels->normalize(norm, x + m * columns, columns, *room + m * columns);
+    return *room;
 }
 
 static inline Status *parallel(Api api, KernelContext *context, void (*task)(void *, size_t), int64_t count,
