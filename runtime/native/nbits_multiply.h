@@ -28,7 +28,7 @@ enum {
     TILE = TILE_REGISTERS * LANES,
 };
 
-/* ------------------------------------------------------------------------ few rows of x: one output after the other */
+/* ---------------------------------------------------------------- few rows of x: one or two outputs after the other */
 
 /* Of outputs that are taken together. */
 typedef struct {
