@@ -82,9 +82,6 @@ static int prepare_head_keys(const Attention *a, int64_t head) {
     return 1;
 }
 
-/* Where `weigh` puts four neighbouring codes, in fours: its packing takes a row of four registers as a column. */
-INLINE int64_t place_of_four(int64_t four) { return four / 16 * 16 + four % 4 * 4 + four % 16 / 4; }
-
 /* Codes of up to four neighbouring values, padded: [padded dim, 4]. */
 INLINE void interleave_values(const float *const rows[4], const float *inverse, int64_t dim, int8_t *to) {
     for (int64_t i = 0; i < dim; i += 16) {
@@ -120,7 +117,7 @@ static void prepare_head_values(const Attention *a, int64_t head) {
             const float *rows[4];
             for (int64_t k = 0; k < 4; k++)
                 rows[k] = four * 4 + k < count ? head_row(a, head, b * KEYS + four * 4 + k, 2) : NULL;
-            interleave_values(rows, inverse, a->dim, values + place_of_four(four) * 4 * padded);
+            interleave_values(rows, inverse, a->dim, values + four * 4 * padded);
         }
     }
 }
@@ -161,10 +158,37 @@ INLINE void add_dot(__m512i *sum, __m512i codes, __m512i signed_codes) {
     __asm__("" : "+v"(*sum));
 }
 
-/* Scores of ROWS queries and KEYS keys, to base 2. */
+/* Of ROWS queries and a block of keys. */
+typedef struct {
+    float scores[ROWS][KEYS];   /* to base 2 */
+    uint8_t codes[ROWS][KEYS];  /* of the weights, 255 for the largest of the block */
+    float largest[ROWS];
+} __attribute__((aligned(64))) Weights;
+
+/* 2^x within 1e-4 of itself, of which half a step of 1/255 is twenty times as much. */
+INLINE __m512 weight_ps(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(0.0558263f), f, _mm512_set1_ps(0.2401397f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.6931471f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(y, f, _mm512_set1_ps(1)), whole);
+}
+
+/* Codes of 16 neighbouring weights, the `place`th of ROWS x KEYS / 16. */
+INLINE void weigh(Weights *w, int place) {
+    const int row = place / (KEYS / 16), at = place % (KEYS / 16) * 16;
+    const __m512 limit = _mm512_set1_ps(w->largest[row] - 7.9943534f); /* log2(255) */
+    const __m512 weights = weight_ps(_mm512_sub_ps(_mm512_load_ps(w->scores[row] + at), limit));
+    _mm_store_si128((__m128i *)(w->codes[row] + at), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(weights)));
+}
+
+/* Scores of ROWS queries and KEYS keys, and meanwhile the codes of those before: they wait for each other's results,
+ * where products wait for nothing but room. */
 INLINE void score(const Queries *q, int64_t m, const uint8_t *keys, const float *scales, const float *limits, int steps,
-                  float scores[ROWS][KEYS]) {
-    for (int part = 0; part < KEYS; part += 64) {
+                  Weights *to, Weights *before) {
+    __m512 largest[ROWS];
+    int place = 0;
+    UNROLL for (int part = 0; part < KEYS; part += 64) {
         __m512i d[ROWS][4];
         UNROLL for (int r = 0; r < ROWS; r++) {
             UNROLL for (int v = 0; v < 4; v++)
@@ -179,44 +203,28 @@ INLINE void score(const Queries *q, int64_t m, const uint8_t *keys, const float 
                 UNROLL for (int v = 0; v < 4; v++)
                     add_dot(&d[r][v], four[v], a);
             }
+            if (before != NULL && place < ROWS * KEYS / 16) weigh(before, place++);
         }
         UNROLL for (int v = 0; v < 4; v++) {
             const __m512 scale = _mm512_load_ps(scales + part + v * 16), limit = _mm512_load_ps(limits + part + v * 16);
             UNROLL for (int r = 0; r < ROWS; r++) {
                 const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(q->scales[m + r]));
-                _mm512_store_ps(scores[r] + part + v * 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(d[r][v]), factor, limit));
+                const __m512 scores = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d[r][v]), factor, limit);
+                largest[r] = part == 0 && v == 0 ? scores : _mm512_max_ps(largest[r], scores);
+                _mm512_store_ps(to->scores[r] + part + v * 16, scores);
             }
         }
     }
+    for (; before != NULL && place < ROWS * KEYS / 16; place++) weigh(before, place);
+    UNROLL for (int r = 0; r < ROWS; r++)
+        to->largest[r] = _mm512_reduce_max_ps(largest[r]);
 }
 
-/* 2^x within 1e-4 of itself, of which half a step of 1/255 is twenty times as much. */
-INLINE __m512 weight_ps(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(0.0558263f), f, _mm512_set1_ps(0.2401397f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.6931471f));
-    return _mm512_scalef_ps(_mm512_fmadd_ps(y, f, _mm512_set1_ps(1)), whole);
-}
-
-/* Codes of the weights of one query, 255 for the largest of the block, and their sum. Fours of neighbours are where
- * place_of_four says. */
-INLINE int32_t weigh(const float *scores, float *largest, uint8_t *codes) {
-    __m512 top = _mm512_load_ps(scores);
-    UNROLL for (int v = 1; v < KEYS / 16; v++)
-        top = _mm512_max_ps(top, _mm512_load_ps(scores + v * 16));
-    *largest = _mm512_reduce_max_ps(top);
-    const __m512 limit = _mm512_set1_ps(*largest - 7.9943534f); /* log2(255) */
+/* The sum of one query's codes. */
+INLINE int32_t total(const uint8_t codes[KEYS]) {
     __m512i sum = _mm512_setzero_si512();
-    UNROLL for (int part = 0; part < KEYS; part += 64) {
-        __m512i code[4];
-        UNROLL for (int v = 0; v < 4; v++)
-            code[v] = _mm512_cvtps_epi32(weight_ps(_mm512_sub_ps(_mm512_load_ps(scores + part + v * 16), limit)));
-        const __m512i low = _mm512_packs_epi32(code[0], code[1]), high = _mm512_packs_epi32(code[2], code[3]);
-        const __m512i packed = _mm512_packus_epi16(low, high);
-        sum = _mm512_dpbusd_epi32(sum, packed, _mm512_set1_epi8(1));
-        _mm512_store_si512(codes + part, packed);
-    }
+    UNROLL for (int part = 0; part < KEYS; part += 64)
+        sum = _mm512_dpbusd_epi32(sum, _mm512_load_si512(codes + part), _mm512_set1_epi8(1));
     return _mm512_reduce_add_epi32(sum);
 }
 
@@ -246,28 +254,35 @@ INLINE void add_values(Queries *q, int64_t m, const uint8_t codes[ROWS][KEYS], c
     }
 }
 
+/* Weights of ROWS queries and a block of keys, which are known now, times its values. */
+INLINE void finish(const Weights *w, Queries *q, int64_t m, const int8_t *values, const float *scales, int registers) {
+    float powers[16] = {0};
+    for (int r = 0; r < ROWS; r++) {
+        const float before = q->largest[m + r], now = w->largest[r] > before ? w->largest[r] : before;
+        powers[r] = before - now, powers[ROWS + r] = w->largest[r] - now;
+        q->largest[m + r] = now;
+    }
+    _mm512_storeu_ps(powers, exp2_ps(_mm512_loadu_ps(powers)));
+    for (int r = 0; r < ROWS; r++)
+        q->totals[m + r] = q->totals[m + r] * powers[r] + powers[ROWS + r] * (float)total(w->codes[r]);
+    add_values(q, m, w->codes, values, scales, powers, powers + ROWS, registers);
+}
+
 /* One block of keys against all queries. */
 INLINE void add_block(const Attention *a, int64_t head, int64_t block, Queries *q, int64_t count, int registers) {
     const int64_t padded = registers * 16, place = head * padded_length(a) + block * KEYS;
     const float *value_scales = a->value_scales + (head * key_blocks(a) + block) * padded;
-    float scores[ROWS][KEYS] __attribute__((aligned(64)));
-    uint8_t codes[ROWS][KEYS] __attribute__((aligned(64)));
+    const uint8_t *keys = a->keys + place * padded;
+    const int8_t *values = a->values + place * padded;
+    Weights both[2], *now = both, *before = NULL;
     for (int64_t m = 0; m < count; m += ROWS) {
-        float powers[16] = {0};
-        int32_t totals[ROWS];
-        score(q, m, a->keys + place * padded, a->key_scales + place, a->key_limits + place, registers * 4, scores);
-        for (int r = 0; r < ROWS; r++) {
-            float largest;
-            totals[r] = weigh(scores[r], &largest, codes[r]);
-            const float before = q->largest[m + r], now = largest > before ? largest : before;
-            powers[r] = before - now, powers[ROWS + r] = largest - now;
-            q->largest[m + r] = now;
-        }
-        _mm512_storeu_ps(powers, exp2_ps(_mm512_loadu_ps(powers)));
-        for (int r = 0; r < ROWS; r++)
-            q->totals[m + r] = q->totals[m + r] * powers[r] + powers[ROWS + r] * (float)totals[r];
-        add_values(q, m, codes, a->values + place * padded, value_scales, powers, powers + ROWS, registers);
+        score(q, m, keys, a->key_scales + place, a->key_limits + place, registers * 4, now, before);
+        if (before != NULL) finish(before, q, m - ROWS, values, value_scales, registers);
+        before = now;
+        now = both + (now == both);
     }
+    for (int i = 0; i < ROWS * KEYS / 16; i++) weigh(before, i);
+    finish(before, q, (count - 1) / ROWS * ROWS, values, value_scales, registers);
 }
 
 INLINE void attend_in(const Attention *a, int64_t head, int64_t block, int registers) {

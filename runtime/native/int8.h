@@ -37,7 +37,7 @@ typedef struct {
     float scale;
     /* Of every frame and head, laid out by `prepare`: */
     uint8_t *keys;            /* blocks of KEYS, [padded dim / 4, KEYS, 4]: int8 + 128 */
-    int8_t *values;           /* blocks of KEYS, [KEYS / 4, padded dim, 4], fours of keys where place_of_four says */
+    int8_t *values;           /* blocks of KEYS, [KEYS / 4, padded dim, 4] */
     float *key_scales;        /* [padded length] */
     float *key_limits;        /* [padded length]: 0, and far below all scores behind the last key */
     float *value_scales;      /* blocks of KEYS, [padded dim] */
