@@ -12,11 +12,22 @@ typedef const int8_t *Columns;
 
 /* ------------------------------------------------------------------------------------------------- sums of products */
 
+/* Which of two or four blocks each lane is of. */
+INLINE __m512i block_of_lane(int blocks) {
+    return blocks == 2 ? _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0)
+                       : _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+}
+
+/* By a permutation: VPEXPANDD, which is made for it, takes Zen 4 longer than the products. */
 INLINE Ints first_sums(const int32_t *from, int blocks) {
     Ints first;
-    if (blocks == 1) __asm__("vmovd %1, %x0" : "=v"(first) : "m"(*from));
-    else first = _mm512_maskz_expandloadu_epi32(blocks == 2 ? 0x0101 : 0x1111, from);
-    return first;
+    if (blocks == 1) {
+        __asm__("vmovd %1, %x0" : "=v"(first) : "m"(*from));
+        return first;
+    }
+    const __m128i *at = (const __m128i *)from;
+    first = _mm512_castsi128_si512(blocks == 2 ? _mm_loadl_epi64(at) : _mm_loadu_si128(at));
+    return _mm512_maskz_permutexvar_epi32(blocks == 2 ? 0x0101 : 0x1111, block_of_lane(blocks), first);
 }
 
 INLINE Ints begin(Ints d, int bits) { return (void)bits, d; }
@@ -38,6 +49,7 @@ INLINE Ints zero_products(int32_t sum, const int32_t *zeros) {
 /* ------------------------------------------------------------------------------------------------- bytes and floats */
 
 INLINE Bytes load_bytes(const void *from) { return _mm512_loadu_si512(from); }
+
 INLINE Bytes in_register(Bytes bytes) {
     __asm__("" : "+v"(bytes));
     return bytes;
@@ -67,9 +79,7 @@ INLINE Floats load_first_floats(const float *from, int64_t count) {
 
 INLINE Floats spread(const float *factors, int blocks) {
     if (blocks == 1) return splat(factors[0]);
-    const __m512i lanes = blocks == 2 ? _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0)
-                                      : _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(factors)));
+    return _mm512_permutexvar_ps(block_of_lane(blocks), _mm512_castps128_ps512(_mm_loadu_ps(factors)));
 }
 
 INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
@@ -103,7 +113,8 @@ INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
 #include "nbits_multiply.h"
 #include "causal_attention.h"
 
-const Kernels nbits_avx512 = {"avx512-vnni", has_avx512_vnni, normalize, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
+const Kernels nbits_avx512 = {"avx512-vnni", has_avx512_vnni, normalize, round_rows, multiply, gate_and_add,
+                              CAUSAL_KERNELS};
 
 #ifdef __clang__
 #pragma clang attribute pop
