@@ -111,6 +111,7 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "bias")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "blocks")),
         *((name, ctypes.c_int) for name in ("bits", "block")),
+        ("packed", ctypes.c_void_p),
     )
 
 
@@ -154,7 +155,7 @@ def try_to_multiply(
     given = [w.packed_codes(), w.scales, w.packed_zeros(), w.bias]
     arrays = [None if a is None else place(np.ascontiguousarray(a)) for a in given]
     pointers = [None if a is None else a.ctypes.data for a in arrays]
-    weight = _Weight(*pointers, len(w.codes), w.columns, w.blocks, w.bits, w.block)
+    weight = _Weight(*pointers, len(w.codes), w.columns, w.blocks, w.bits, w.block, None)
     rows = place(np.ascontiguousarray(x, np.float32))
     y = place(np.full((len(x), len(w.codes)), np.nan, np.float32))
     function = ctypes.CDLL(str(library_path())).edgevl_multiply

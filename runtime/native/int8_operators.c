@@ -3,6 +3,7 @@
 #include "operator.h"
 #include "int8.h"
 #include "release_pages.h"
+#include "weight_memory.h"
 
 #include <math.h>
 
@@ -128,10 +129,10 @@ static Status *pack(Api api, const KernelInfo *info, const Int8Kernels *kernels,
     if (!constant) return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulInt8: B is not a constant");
     CHECK(check_shape(api, value, w));
     CHECK(GetTensorMutableData(api)((Value *)value, &from));
-    int8_t *codes = aligned_alloc(64, padded_rows(w) * padded_columns(w));
+    int8_t *codes = weight_memory(padded_rows(w) * padded_columns(w));
     int32_t *sums = aligned_alloc(64, padded_rows(w) * sizeof(int32_t));
     if (codes == NULL || sums == NULL) {
-        free(codes);
+        free_weight_memory(codes);
         free(sums);
         return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: no memory for the packed weight");
     }
@@ -159,7 +160,7 @@ static Status *create_product(const CustomOp *op, Api api, const KernelInfo *inf
 
 static void destroy_product(void *kernel) {
     const Product *node = kernel;
-    free((void *)node->weight.codes);
+    free_weight_memory((void *)node->weight.codes);
     free((void *)node->weight.sums);
     free(kernel);
 }

@@ -4,8 +4,8 @@
  * / 8], scales float [N, blocks], zero_points uint8 [N, ceil(blocks × bits / 8)] or none, g_idx, which must be absent,
  * bias float [N] or none. More, all of them optional: gate and residual of the output's shape, the one's SiLU is
  * multiplied with the output, the other added to it; norm_weight and norm_bias float [K] and norm_epsilon float [1], by
- * which rows of A are normalised at first (Norm in nbits.h). Weights are read where they are, out of the mapped file: nothing is repacked or
- * copied.
+ * which rows of A are normalised at first (Norm in nbits.h). B, scales and zero_points are constants, and laid out anew as a
+ * session opens (nbits_multiply.h).
  */
 #include "nbits.h"
 #include "operator.h"
@@ -13,7 +13,7 @@
 enum {
     TASK_BYTES = 1 << 17, /* of weights, that one thread takes at a time: some 10 µs, so that none waits for long */
     G_IDX = 4, BIAS = 5, GATE = 6, RESIDUAL = 7, NORM = 8, INPUTS = 11,
-    TASK_OUTPUTS = 32,    /* a multiple of a tile's */
+    TASK_OUTPUTS = 32,    /* a multiple of every tile's */
     ROWS_AT_A_TIME = 8,   /* to round */
 };
 
@@ -47,12 +47,16 @@ EXPORT int edgevl_multiply(const char *name, const Weight *w, const float *x, in
     for (const Kernels *const *k = all_kernels; *k != NULL; k++)
         if (strcmp((*k)->name, name) == 0 && (*k)->supported()) {
             Activations rounded;
-            void *room = make_room(w, m, &rounded);
-            if (room == NULL) return 2;
-            (*k)->round(w, x, &rounded, 0, m);
-            (*k)->multiply(w, &rounded, y, 0, w->rows);
+            Weight packed = *w;
+            packed.packed = pack_weight(*k, w);
+            void *room = packed.packed == NULL ? NULL : make_room(w, m, &rounded);
+            if (room != NULL) {
+                (*k)->round(&packed, x, &rounded, 0, m);
+                (*k)->multiply(&packed, &rounded, y, 0, w->rows);
+            }
+            release_weight(packed.packed);
             free(room);
-            return 0;
+            return room == NULL ? 2 : 0;
         }
     return 1;
 }
@@ -72,8 +76,8 @@ EXPORT int edgevl_normalize(const char *name, const Norm *norm, const float *x, 
 typedef struct {
     Api api;
     const Kernels *kernels;
-    int64_t rows, columns, block, bits;
-    int checked; /* the sizes of the weight's parts, which do not change from call to call */
+    Weight weight; /* packed; its bias is the graph's, set for every call */
+    int checked;   /* its inputs, where they are the same for every call */
 } Node;
 
 typedef struct {
@@ -110,14 +114,17 @@ static void multiply_task(void *data, size_t i) {
                                           call->residual ? call->residual + at : NULL, call->y + at, last - first);
 }
 
-static Status *check_sizes(Node *node, const KernelContext *context, const Weight *w) {
-    const char *const mismatch = "edgevl.MatMulNBits: B, scales, zero_points or bias is not of the size that N, K, "
-                                 "bits and block_size say";
-    CHECK(check_size(node->api, context, 1, w->rows * weight_row_bytes(w), mismatch));
-    CHECK(check_size(node->api, context, 2, w->rows * w->blocks, mismatch));
-    CHECK(check_size(node->api, context, 3, w->rows * ((w->blocks * w->bits + 7) / 8), mismatch));
-    CHECK(check_size(node->api, context, BIAS, w->rows, mismatch));
-    CHECK(check_norm(node->api, context, NORM, w->columns));
+static const char *const not_constant = "edgevl.MatMulNBits: B, scales or zero_points is not a constant";
+static const char *const mismatch = "edgevl.MatMulNBits: B, scales, zero_points or bias is not of the size that N, K, "
+                                    "bits and block_size say";
+
+/* What is the same for every call. A zero point that is not a constant looks like none while the kernel is made. */
+static Status *check_inputs(Node *node, const KernelContext *context) {
+    const Value *zeros = NULL;
+    CHECK(KernelContext_GetInput(node->api)(context, 3, &zeros));
+    if (zeros != NULL && node->weight.zeros == NULL) return CreateStatus(node->api)(ABI_INVALID_ARGUMENT, not_constant);
+    CHECK(check_size(node->api, context, BIAS, node->weight.rows, mismatch));
+    CHECK(check_norm(node->api, context, NORM, node->weight.columns));
     node->checked = 1;
     return NULL;
 }
@@ -125,17 +132,12 @@ static Status *check_sizes(Node *node, const KernelContext *context, const Weigh
 static Status *compute(void *kernel, KernelContext *context) {
     Node *node = kernel;
     const Api api = node->api;
-    Call call = {.node = node};
+    Call call = {.node = node, .weight = node->weight};
     Weight *w = &call.weight;
     const void *order = NULL;
     int64_t rows = 0;
-    w->rows = node->rows, w->columns = node->columns, w->bits = (int)node->bits, w->block = (int)node->block;
-    w->blocks = up_to(w->columns, w->block) / w->block;
-    if (!node->checked) CHECK(check_sizes(node, context, w));
+    if (!node->checked) CHECK(check_inputs(node, context));
     CHECK(input_data(api, context, 0, &call.x));
-    CHECK(input_data(api, context, 1, &w->codes));
-    CHECK(input_data(api, context, 2, &w->scales));
-    CHECK(input_data(api, context, 3, &w->zeros));
     CHECK(input_data(api, context, G_IDX, &order));
     CHECK(input_data(api, context, BIAS, &w->bias));
     CHECK(like_output(api, context, GATE, w->columns, w->rows, &call.gate));
@@ -163,19 +165,59 @@ static Status *compute(void *kernel, KernelContext *context) {
     return status;
 }
 
+/* A part of the weight, which has `wanted` numbers; left as it is where the input is absent or not a constant. */
+static Status *constant(Api api, const KernelInfo *info, size_t index, int64_t wanted, const void *data) {
+    const Value *value = NULL;
+    ShapeInfo *shape = NULL;
+    int is_constant = 0;
+    int64_t dims[MOST_DIMENSIONS], size = 1;
+    size_t count = 0;
+    CHECK(KernelInfoGetConstantInput_tensor(api)(info, index, &is_constant, &value));
+    if (!is_constant) return NULL;
+    CHECK(GetTensorTypeAndShape(api)(value, &shape));
+    Status *status = GetDimensionsCount(api)(shape, &count);
+    if (status == NULL && count <= MOST_DIMENSIONS) status = GetDimensions(api)(shape, dims, count);
+    ReleaseTensorTypeAndShapeInfo(api)(shape);
+    if (status != NULL) return status;
+    for (size_t axis = 0; axis < count && count <= MOST_DIMENSIONS; axis++) size *= dims[axis];
+    if (count > MOST_DIMENSIONS || size != wanted) return CreateStatus(api)(ABI_INVALID_ARGUMENT, mismatch);
+    return GetTensorMutableData(api)((Value *)value, (void **)data);
+}
+
+static Status *pack(Api api, const KernelInfo *info, const Kernels *kernels, Weight *w) {
+    CHECK(constant(api, info, 1, w->rows * weight_row_bytes(w), &w->codes));
+    CHECK(constant(api, info, 2, w->rows * w->blocks, &w->scales));
+    CHECK(constant(api, info, 3, w->rows * ((w->blocks * w->bits + 7) / 8), &w->zeros));
+    if (w->codes == NULL || w->scales == NULL) return CreateStatus(api)(ABI_INVALID_ARGUMENT, not_constant);
+    w->packed = pack_weight(kernels, w);
+    return w->packed ? NULL : CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: no memory for the weight laid out anew");
+}
+
 static Status *create(const CustomOp *op, Api api, const KernelInfo *info, void **kernel) {
     (void)op;
     Node node = {.api = api, .kernels = usable_kernels()};
+    Weight *w = &node.weight;
+    int64_t block = 0, bits = 0;
     const char *const names[] = {"N", "K", "block_size", "bits"};
-    int64_t *const to[] = {&node.rows, &node.columns, &node.block, &node.bits};
+    int64_t *const to[] = {&w->rows, &w->columns, &block, &bits};
     CHECK(attributes(api, info, names, to, 4));
     if (node.kernels == NULL)
         return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: this processor has no instructions that it knows");
-    const int known_block = node.block == 32 || node.block == 64 || (node.block > 0 && node.block % CHUNK == 0);
-    if ((node.bits != 4 && node.bits != 8) || !known_block || node.rows < 1 || node.columns < 1)
+    const int known_block = block == 32 || block == 64 || (block > 0 && block <= INT32_MAX && block % CHUNK == 0);
+    if ((bits != 4 && bits != 8) || !known_block || w->rows < 1 || w->columns < 1)
         return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: expected bits 4 or 8, a block_size of 32, "
                                                        "64 or a multiple of 128, and N and K of at least 1");
-    return keep(api, &node, sizeof node, kernel);
+    w->bits = (int)bits, w->block = (int)block, w->blocks = up_to(w->columns, block) / block;
+    CHECK(pack(api, info, node.kernels, w));
+    Status *status = keep(api, &node, sizeof node, kernel);
+    if (status != NULL) release_weight(w->packed);
+    return status;
+}
+
+static void destroy(void *kernel) {
+    const Node *node = kernel;
+    release_weight(node->weight.packed);
+    free(kernel);
 }
 
 static const char *name(const CustomOp *op) { (void)op; return "MatMulNBits"; }
@@ -186,4 +228,4 @@ static int input_type(const CustomOp *op, size_t i) {
     return i == 1 || i == 3 ? ABI_UINT8 : i == G_IDX ? ABI_INT32 : ABI_FLOAT;
 }
 
-const CustomOp matmul_nbits = OPERATOR(name, input_count, input_type, input_kind, create, compute, free);
+const CustomOp matmul_nbits = OPERATOR(name, input_count, input_type, input_kind, create, compute, destroy);

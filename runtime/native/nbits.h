@@ -19,6 +19,7 @@ typedef struct {
     const float *bias;     /* [rows], or NULL */
     int64_t rows, columns, blocks;
     int bits, block;       /* 4 or 8; 32, 64 or a multiple of 128 */
+    const uint8_t *packed; /* as `pack_tile` lays the parts above out: all of them but the bias */
 } Weight;
 
 /* Rows of x, rounded. Codes of 4-bit weights lie two in a byte, so within a chunk columns 0, 2, 4... come first and
@@ -42,10 +43,13 @@ typedef struct {
 typedef struct {
     const char *name;
     int (*supported)(void);
+    int64_t tile;                            /* outputs */
+    int64_t (*tile_bytes)(const Weight *w); /* packed */
+    void (*pack_tile)(const Weight *w, int64_t tile, uint8_t *to);
     void (*normalize)(const Norm *norm, const float *x, int64_t columns, float *to);
     /* Rows [first, last), which x begins with, into `to`. */
     void (*round)(const Weight *w, const float *x, const Activations *to, int64_t first, int64_t last);
-    /* Outputs [first, last), which are rows of the weight, of every row of x: y [x->rows, w->rows]. */
+    /* Outputs [first, last), rows of the packed weight from a tile's first on, of every row of x: y [x->rows, w->rows]. */
     void (*multiply)(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last);
     /* y × gate × sigmoid(gate) + residual, over y; either may be NULL. */
     void (*gate_and_add)(const float *gate, const float *residual, float *y, int64_t count);
@@ -67,6 +71,11 @@ typedef struct {
 extern const Kernels nbits_avx512, nbits_avx_vnni, nbits_avx2, nbits_neon;
 extern const Kernels *const all_kernels[]; /* that were built, best first, then NULL */
 const Kernels *usable_kernels(void);       /* the best of this processor, or NULL */
+
+/* The weight laid out, which others may have had laid out before; NULL: no memory. To be released. Pages of the file that
+ * it was read from are given back. */
+const uint8_t *pack_weight(const Kernels *kernels, const Weight *w);
+void release_weight(const uint8_t *packed); /* NULL: nothing */
 
 static inline int64_t weight_row_bytes(const Weight *w) { return w->blocks * w->block * w->bits / 8; }
 

@@ -18,7 +18,7 @@
 
 #include "nbits_common.h"
 
-enum { LANES = 8, TILE_REGISTERS = 2, TOGETHER = 1 };
+enum { LANES = 8, TILE_REGISTERS = 2, FEW_ROWS = 3 };
 
 typedef __m256i Bytes, Ints;
 typedef __m256 Floats;
@@ -26,14 +26,9 @@ typedef const int8_t *Columns;
 
 /* ------------------------------------------------------------------------------------------------- sums of products */
 
-INLINE Ints first_sums(const int32_t *from, int blocks) {
-    const __m256i first = _mm256_zextsi128_si256(_mm_cvtsi32_si128(from[0]));
-    return blocks == 1 ? first : _mm256_inserti128_si256(first, _mm_cvtsi32_si128(from[1]), 1);
-}
-
 #ifdef AVX_VNNI
 
-enum { TILE_ROWS = 6, OFFSET = 0 };
+enum { TILE_ROWS = 4, MANY_UNPACKED = 0, OFFSET = 0 };
 
 INLINE Bytes whole_codes(Bytes bytes) { return bytes; }
 INLINE Ints begin(Ints d, int bits) { return (void)bits, d; }
@@ -44,7 +39,7 @@ INLINE Ints dot(Ints sums, Bytes codes, Bytes x, int bits) {
 
 #else
 
-enum { TILE_ROWS = 4, OFFSET = 128 };
+enum { TILE_ROWS = 4, MANY_UNPACKED = 1, OFFSET = 128 };
 
 INLINE Bytes whole_codes(Bytes bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)); }
 
@@ -79,17 +74,22 @@ INLINE Ints dot_lane(Ints sums, Bytes codes, Columns x, int lane, int bits) {
     return dot(sums, codes, _mm256_set1_epi32(four), bits);
 }
 
+INLINE Ints splat_ints(int32_t value) { return _mm256_set1_epi32(value); }
+
+INLINE Ints load_zeros(const uint8_t *from, int offset) {
+    return _mm256_sub_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from)), splat_ints(offset));
+}
+
 /* Both fit into 16 bits: one instruction, where a product of 32 bits takes two. It multiplies the upper halves too,
  * which hold signs: those of the zero points are cleared. */
-INLINE Ints zero_products(int32_t sum, const int32_t *zeros) {
-    const __m256i low = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)zeros), _mm256_set1_epi32(0xffff));
-    return _mm256_madd_epi16(low, _mm256_set1_epi32(-sum));
+INLINE Ints zero_products(int32_t sum, Ints zeros) {
+    return _mm256_madd_epi16(_mm256_and_si256(zeros, splat_ints(0xffff)), splat_ints(-sum));
 }
 
 /* ------------------------------------------------------------------------------------------------- bytes and floats */
 
 INLINE Bytes load_bytes(const void *from) { return _mm256_loadu_si256(from); }
-INLINE Bytes in_register(Bytes bytes) { return bytes; } /* of which there are too few */
+INLINE void store_bytes(void *to, Bytes bytes) { _mm256_storeu_si256(to, bytes); }
 INLINE Bytes low_codes(Bytes bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 INLINE Bytes high_codes(Bytes bytes) { return low_codes(_mm256_srli_epi16(bytes, 4)); }
 
@@ -98,27 +98,10 @@ INLINE Floats load_floats(const float *from) { return _mm256_loadu_ps(from); }
 INLINE void store_floats(float *to, Floats values) { _mm256_storeu_ps(to, values); }
 INLINE Floats to_floats(Ints values) { return _mm256_cvtepi32_ps(values); }
 
-INLINE Floats load_first_floats(const float *from, int64_t count) {
-    if (count >= LANES) return load_floats(from);
-    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), lanes));
-}
-
 INLINE float sum_of_lanes(Floats values) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
-INLINE void sums_of_lanes(const Floats from[4], float *to) {
-    const __m256 ab = _mm256_hadd_ps(from[0], from[1]), cd = _mm256_hadd_ps(from[2], from[3]);
-    const __m256 abcd = _mm256_hadd_ps(ab, cd);
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
-}
-
-INLINE Floats spread(const float *factors, int blocks) {
-    const Floats first = splat(factors[0]);
-    return blocks == 1 ? first : _mm256_blend_ps(first, splat(factors[1]), 0xf0);
 }
 
 INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
@@ -156,11 +139,11 @@ static int supported(void) {
     return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
-const Kernels nbits_avx_vnni = {"avx-vnni", supported, normalize, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
+const Kernels nbits_avx_vnni = {"avx-vnni", supported, PRODUCT_KERNELS, CAUSAL_KERNELS};
 
 #else
 
-const Kernels nbits_avx2 = {"avx2", has_avx2, normalize, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
+const Kernels nbits_avx2 = {"avx2", has_avx2, PRODUCT_KERNELS, CAUSAL_KERNELS};
 
 #endif
 

@@ -21,7 +21,7 @@
 #include "nbits_common.h"
 
 /* 16 sums, and columns and codes of 4 registers each, of 32 registers. */
-enum { LANES = 4, TILE_REGISTERS = 4, TILE_ROWS = 4, TOGETHER = 1, OFFSET = 128 };
+enum { LANES = 4, TILE_REGISTERS = 4, TILE_ROWS = 4, FEW_ROWS = 2, MANY_UNPACKED = 1, OFFSET = 128 };
 
 typedef int8x16_t Bytes, Columns;
 typedef int32x4_t Ints;
@@ -29,11 +29,8 @@ typedef float32x4_t Floats;
 
 /* ------------------------------------------------------------------------------------------------- sums of products */
 
-/* A register's sums are always of one block. */
-INLINE Ints first_sums(const int32_t *from, int blocks) { return (void)blocks, vsetq_lane_s32(from[0], vdupq_n_s32(0), 0); }
 INLINE Ints begin(Ints d, int bits) { return (void)bits, d; }
 INLINE Ints finish(Ints d, Ints sums, int bits) { return (void)d, (void)bits, sums; }
-INLINE Ints dot(Ints sums, Bytes codes, Bytes x, int bits) { return (void)bits, vdotq_s32(sums, codes, x); }
 
 INLINE Columns load_columns(const int8_t *x) { return vld1q_s8(x); }
 
@@ -47,12 +44,21 @@ INLINE Ints dot_lane(Ints sums, Bytes codes, Columns x, int lane, int bits) {
     }
 }
 
-INLINE Ints zero_products(int32_t sum, const int32_t *zeros) { return vmulq_n_s32(vld1q_s32(zeros), -sum); }
+INLINE Ints splat_ints(int32_t value) { return vdupq_n_s32(value); }
+
+INLINE Ints load_zeros(const uint8_t *from, int offset) {
+    uint32_t four;
+    memcpy(&four, from, sizeof four);
+    const uint16x8_t wide = vmovl_u8(vcreate_u8(four));
+    return vsubq_s32(vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))), splat_ints(offset));
+}
+
+INLINE Ints zero_products(int32_t sum, Ints zeros) { return vmulq_n_s32(zeros, -sum); }
 
 /* ------------------------------------------------------------------------------------------------- bytes and floats */
 
 INLINE Bytes load_bytes(const void *from) { return vld1q_s8(from); }
-INLINE Bytes in_register(Bytes bytes) { return bytes; }
+INLINE void store_bytes(void *to, Bytes bytes) { vst1q_s8(to, bytes); }
 INLINE Bytes low_codes(Bytes bytes) { return vandq_s8(bytes, vdupq_n_s8(15)); }
 INLINE Bytes high_codes(Bytes bytes) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(bytes), 4)); }
 INLINE Bytes whole_codes(Bytes bytes) { return veorq_s8(bytes, vdupq_n_s8(-128)); }
@@ -62,19 +68,6 @@ INLINE Floats load_floats(const float *from) { return vld1q_f32(from); }
 INLINE void store_floats(float *to, Floats values) { vst1q_f32(to, values); }
 INLINE Floats to_floats(Ints values) { return vcvtq_f32_s32(values); }
 INLINE float sum_of_lanes(Floats values) { return vaddvq_f32(values); }
-
-INLINE void sums_of_lanes(const Floats from[4], float *to) {
-    store_floats(to, vpaddq_f32(vpaddq_f32(from[0], from[1]), vpaddq_f32(from[2], from[3])));
-}
-
-INLINE Floats load_first_floats(const float *from, int64_t count) {
-    if (count >= LANES) return load_floats(from);
-    float part[LANES] = {0};
-    for (int64_t i = 0; i < count; i++) part[i] = from[i];
-    return load_floats(part);
-}
-
-INLINE Floats spread(const float *factors, int blocks) { return (void)blocks, splat(factors[0]); }
 
 INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
     const int32x4_t a = vreinterpretq_s32_s8(load_bytes(from)), b = vreinterpretq_s32_s8(load_bytes(from + stride));
@@ -103,7 +96,7 @@ static int supported(void) {
 #endif
 }
 
-const Kernels nbits_neon = {"neon-dotprod", supported, normalize, round_rows, multiply, gate_and_add, CAUSAL_KERNELS};
+const Kernels nbits_neon = {"neon-dotprod", supported, PRODUCT_KERNELS, CAUSAL_KERNELS};
 
 #ifdef PUSHED
 #pragma clang attribute pop
