@@ -27,12 +27,11 @@ def _limit(memory_limit: int | str | None) -> int | None:
     return None if memory_limit is None or memory_limit == OFF else parse_size(memory_limit)
 
 
-def _room(limit: int | None, in_file: int = 0) -> int | None:
-    """Bytes that the process may still take: up to its limit, else what the machine has left. `in_file` of them are for
-    weights that are pages of a file (see `Planner.in_file`)."""
+def _room(limit: int | None) -> int | None:
+    """Bytes that the process may still take: up to its limit, else what the machine has left."""
     if limit is None:
-        return available_bytes(in_file)
-    used = resident_bytes(in_file)
+        return available_bytes()
+    used = resident_bytes()
     return None if used is None else max(0, limit - used)
 
 
@@ -127,7 +126,7 @@ class Admission:
         )
 
     def _room(self) -> int | None:
-        return _room(self._limit, self._planner.in_file) if self._active else None
+        return _room(self._limit) if self._active else None
 
     def _max_pixels(self, height: int, width: int, frames: int, room: int) -> int | None:
         """The largest limit whose picture, and a short question about it, fit."""

@@ -37,30 +37,23 @@ def shown(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def resident_bytes(in_file: int = 0, root: Path = Path("/")) -> int | None:
-    """What of this process is in memory now.
-
-    Args:
-        in_file: bytes of mapped files that it needs all the time, and that count if they are not there just now.
-        root: where proc is, for tests.
-    """
+def resident_bytes() -> int | None:
+    """What of this process is in memory now."""
     try:
-        total, files = (int(n) * os.sysconf("SC_PAGE_SIZE") for n in _read(root / "proc/self/statm").split()[1:3])
-    except ValueError:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
         return None
-    return total + max(0, in_file - files)
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def available_bytes(in_file: int = 0, root: Path = Path("/")) -> int | None:
+def available_bytes(root: Path = Path("/")) -> int | None:
     """What can still be taken without pushing something out: the kernel's MemAvailable and free swap, or what is left
     in the tightest memory cgroup around this process (page cache does not count as used), whichever is less.
 
     Args:
-        in_file: bytes of mapped files that this process needs all the time. To the kernel they are page cache.
         root: where proc and sys are, for tests.
     """
-    machine = _machine(root)
-    found = [n for n in (None if machine is None else machine - in_file, *_cgroups(root, in_file)) if n is not None]
+    found = [n for n in (_machine(root), *_cgroups(root)) if n is not None]
     return max(0, min(found)) if found else None
 
 
@@ -73,38 +66,36 @@ def _machine(root: Path) -> int | None:
     return values["MemAvailable"] + values.get("SwapFree", 0) if "MemAvailable" in values else None
 
 
-def _cgroups(root: Path, in_file: int) -> list[int | None]:
+def _cgroups(root: Path) -> list[int | None]:
     """What is left in each memory cgroup from this process's own up to the top, version 2 or 1."""
     left: list[int | None] = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0":
-            base, names, prefix = "sys/fs/cgroup", ("memory.max", "memory.current"), ""
+            base, names, cache = "sys/fs/cgroup", ("memory.max", "memory.current"), "inactive_file"
         elif "memory" in controllers.split(","):
             base, names = "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            prefix = "total_"
+            cache = "total_inactive_file"
         else:
             continue
         # In a container the path may be the host's, which is not there: then only the mounted top counts.
         parts = [p for p in path.split("/") if p not in ("", "..")]
         for depth in range(len(parts), -1, -1):
-            left.append(_left(root.joinpath(base, *parts[:depth]), names, prefix, in_file))
+            left.append(_left(root.joinpath(base, *parts[:depth]), names, cache))
     return left
 
 
-def _left(folder: Path, names: tuple[str, str], prefix: str, in_file: int) -> int | None:
+def _left(folder: Path, names: tuple[str, str], cache: str) -> int | None:
     limit, used = (_read(folder / name).strip() for name in names)
     if not limit.isdigit() or not used.isdigit() or int(limit) >= _UNLIMITED:  # "max", or no such group
         return None
-    cache = {"active_file": 0, "inactive_file": 0}
+    reclaimable = 0
     for line in _read(folder / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
-        name = name.removeprefix(prefix) if name.startswith(prefix) else ""
-        if name in cache and value.isdigit():
-            cache[name] = int(value)
-    # Of the page cache, what is active counts as used here: it may be those mapped files.
-    return int(limit) - int(used) + cache["inactive_file"] - max(0, in_file - cache["active_file"])
+        if name == cache and value.isdigit():
+            reclaimable = int(value)
+    return int(limit) - int(used) + reclaimable
 
 
 def _read(path: Path) -> str:

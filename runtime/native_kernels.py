@@ -1,9 +1,8 @@
 """Our own operators for ONNX Runtime on the CPU: whether this machine has them.
 
 `runtime/native` is C, built as edgevl is installed where a C compiler is found; everything works without it, more
-slowly. The library registers its operators with a session: `edgevl.MatMulNBits`, products with weights of 4 and 8 bits
-read where they lie in the bundle's mapped file, `edgevl.CausalAttention` over a decoder's cache, and
-`edgevl.MatMulInt8` and `edgevl.FrameAttention` for W8A8.
+slowly. The library registers its operators with a session: `edgevl.MatMulNBits`, products with weights of 4 and 8
+bits, `edgevl.CausalAttention` over a decoder's cache, and `edgevl.MatMulInt8` and `edgevl.FrameAttention` for W8A8.
 """
 
 from __future__ import annotations

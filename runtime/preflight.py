@@ -4,8 +4,7 @@
                a picture:  base + weights + pixels + vision activations + what the decoder's arena kept,
                an answer:  base + weights + embeddings + prefill activations + KV cache)
 
-Weights are packed copies, but for those in blocks that our own kernels multiply: they are pages of the mapped file,
-which the first request brings into memory. ONNX Runtime on a CPU only. Sizes follow from the shapes; the constants that
+Weights are packed copies. ONNX Runtime on a CPU only. Sizes follow from the shapes; the constants that
 had to be measured stand below, each with what it stands for and how it was found (benchmarks/memory.py compares
 predictions with measured peaks). The same numbers admit or refuse requests (`Admission`).
 """
@@ -68,7 +67,6 @@ class Plan:
     base: int  # interpreter, libraries, tokenizer
     tokenizer: int  # the part of base that is the tokenizer
     weights: int
-    in_file: int  # the part of weights that is pages of mapped files, read by the first request
     mapped: int  # pages of weight files, read for packing, that stay resident until opening has ended
     pixels: int
     vision: int
@@ -79,7 +77,7 @@ class Plan:
     @property
     def opening(self) -> int:
         """The tokenizer comes when the engine has opened and given the mapped pages back."""
-        return self.base + self.weights - self.in_file + max(0, self.mapped - self.tokenizer)
+        return self.base + self.weights + max(0, self.mapped - self.tokenizer)
 
     @property
     def picture(self) -> int:
@@ -138,11 +136,10 @@ class Planner:
 
     @property
     def weights(self) -> int:
-        """What the sessions keep: every matrix once, repacked for the kernels, or in the mapped file where they are our
-        own. The embedding's rows are read from the mapped file (a prompt touches few of them); where it is also the
-        head, the head is a packed copy, or those same pages."""
+        """What the sessions keep: every matrix once, packed for the kernels. The embedding's rows are read from the
+        mapped file (a prompt touches few of them); where it is also the head, the head is a packed copy."""
         sizes = {"vision": self._data_size("vision"), "decoder": self._decoder_size()}
-        if "prefill" in self.bundle.graphs:  # two graphs over one data file: each has its own head
+        if "prefill" in self.bundle.graphs and self._packing:  # each has its own head; our own kernels share it
             sizes["decoder"] += self.table
         total = 0.0
         for role, size in sizes.items():
@@ -150,20 +147,10 @@ class Planner:
         return round(total) + self._block_sums()
 
     @property
-    def in_file(self) -> int:
-        """The part of `weights` that our own kernels read where it is mapped: all of the decoder but W8A8 layers, its
-        own or those of a graph for prompts beside it, and that graph's head. Two graphs that map a page count twice
-        in a resident set."""
-        size = self.table if "prefill" in self._native else 0
-        if "decoder" in self._native:
-            size += self._decoder_size() - (self._layer_numbers() if self._with_w8a8(self._decoders) else 0)
-        return size
-
-    @property
     def mapped(self) -> int:
         """The embedding is mapped and, where it is also the head, read for packing, once per decoder graph that packs
-        it. The pages are given back when all sessions are open; our own kernels of W8A8, which pack too, give back
-        those of every weight by itself."""
+        it. The pages are given back when all sessions are open; our own kernels, which pack too, give back those of
+        every weight by itself."""
         widened = FP16_WIDENED if self.bundle.graphs["decoder"].precision == "fp16" else 1
         return round(self.table * widened) * self._packing
 
@@ -246,7 +233,6 @@ class Planner:
             base=self.base,
             tokenizer=self.tokenizer,
             weights=self.weights,
-            in_file=self.in_file,
             mapped=self.mapped,
             pixels=self._host_pixels(grids, batch),
             vision=max((self.vision(g) for g in grids), default=0),

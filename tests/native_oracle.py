@@ -290,3 +290,15 @@ def attend(name: str, t: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if function(name.encode(), ctypes.byref(call)):
         pytest.skip(f"this processor has no {name}, or the library was built for another kind of processor")
     return out, keys, values
+
+
+def resident_kb(path: Path) -> int:
+    """Of the process's mappings of a file."""
+    found, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split(maxsplit=5)
+        if "-" in head[0] and not head[0].endswith(":"):
+            ours = len(head) == 6 and head[5] == str(path.resolve())
+        elif ours and head[0] == "Rss:":
+            found += int(head[1])
+    return found

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from native_oracle import norm
+from native_oracle import norm, resident_kb
 from onnx import TensorProto, helper, numpy_helper
 
 from edgevl.runtime.errors import EdgeVLError
@@ -58,18 +58,6 @@ def answer(opened: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> np.nda
     y = opened.run(None, feeds)[0]
     assert isinstance(y, np.ndarray)
     return y
-
-
-def resident_kb(path: Path) -> int:
-    """Of the process's mappings of a file."""
-    found, ours = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head = line.split(maxsplit=5)
-        if "-" in head[0] and not head[0].endswith(":"):
-            ours = len(head) == 6 and head[5] == str(path.resolve())
-        elif ours and head[0] == "Rss:":
-            found += int(head[1])
-    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="pages are given back on Linux alone")

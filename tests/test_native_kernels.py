@@ -74,8 +74,8 @@ def test_products_are_the_oracles(kernel: str, bits: int, block: int, extras: bo
 
 @each_kernel
 @pytest.mark.parametrize(("block", "columns"), [(32, 32 * 1010), (256, 128 * 1030)], ids=["blocks", "chunks"])
-def test_rows_longer_than_their_factors_have_room(kernel: str, block: int, columns: int) -> None:
-    """On the stack there is room for 1,024 blocks, padded, and for as many chunks of 128 columns."""
+def test_long_rows(kernel: str, block: int, columns: int) -> None:
+    """Of a thousand blocks, and of as many chunks of 128 columns."""
     w = random_weights(4, block, 3, columns, zeros=True, bias=False)
     x = activations(2, columns)
     expected, off = product(w, x)
@@ -138,14 +138,14 @@ def test_extreme_rows(kernel: str, bits: int, block: int) -> None:
 @each_kernel
 @each_format
 def test_a_row_has_the_same_product_among_others(kernel: str, bits: int, block: int) -> None:
-    """Its neighbours do not count; kernels of one row and of many may add in another order."""
+    """Bit for bit, however many they are: one row, few or many are added up in one order."""
     w = random_weights(bits, block, 70, 416, zeros=True, bias=True)
     x = activations(29, 416)
     together = multiply(kernel, w, x)
     np.testing.assert_array_equal(together[::-1], multiply(kernel, w, x[::-1]))
-    _, off = product(w, x)
-    alone = np.concatenate([multiply(kernel, w, x[i : i + 1]) for i in range(len(x))])
-    assert (np.abs(alone - together) <= off).all()
+    for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 29):
+        parts = [multiply(kernel, w, x[i : i + count]) for i in range(0, len(x), count)]
+        np.testing.assert_array_equal(np.concatenate(parts), together, str(count))
 
 
 # --------------------------------------------------------------------------------------- bounds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from conftest import MakePair
-from native_oracle import Weights, norm, product, random_weights, usable_library
+from native_oracle import Weights, norm, product, random_weights, resident_kb, usable_library
 from onnx import TensorProto, helper, numpy_helper
 
 from edgevl.runtime import cli, native_kernels
@@ -202,6 +203,82 @@ def test_sessions_share_the_domain(library: Path) -> None:
     first = run(model(OURS, w), x, library)
     for _ in range(3):
         np.testing.assert_array_equal(run(model(OURS, w), x, library), first)
+
+
+@pytest.mark.parametrize("name", ["codes", "scales", "zeros"])
+def test_a_weight_that_is_not_a_constant(library: Path, name: str) -> None:
+    """It is laid out as a session opens, so it must be there."""
+    found = onnx.load_from_string(model(OURS, random_weights(4, 32, 40, 96, zeros=True, bias=False)))
+    (moved,) = (i for i in found.graph.initializer if i.name == name)
+    found.graph.input.append(helper.make_tensor_value_info(name, moved.data_type, list(moved.dims)))
+    given = numpy_helper.to_array(moved)
+    found.graph.initializer.remove(moved)
+    with pytest.raises(Exception, match=r"edgevl.MatMulNBits: B, scales or zero_points is not a constant"):
+        run(found.SerializeToString(), np.zeros((1, 2, 96), np.float32), library, **{name: given})
+
+
+# --------------------------------------------------------------------------------------- memory of weights
+
+
+def opened(path: Path, library: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def in_file(w: Weights, folder: Path) -> Path:
+    onnx.save(
+        onnx.load_from_string(model(OURS, w)), folder / "m.onnx", save_as_external_data=True, location="m.data"
+    )
+    return folder / "m.onnx"
+
+
+def anonymous_kb() -> int:
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon:"))
+    return int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="pages are given back on Linux alone")
+def test_a_weight_is_in_memory_once(library: Path, tmp_path: Path) -> None:
+    """Its file's pages are given back when it was laid out, and sessions share what was laid out, whoever goes first."""
+    w = random_weights(4, 32, 4096, 12288, zeros=True, bias=True)
+    path, size_kb = in_file(w, tmp_path), 4096 * 12288 // 2048
+    x = np.random.default_rng(0).normal(size=(1, 2, 12288)).astype(np.float32)
+    before = anonymous_kb()
+    first = opened(path, library)
+    one = anonymous_kb()
+    assert (tmp_path / "m.data").stat().st_size > size_kb * 1024
+    assert resident_kb(tmp_path / "m.data") < 200
+    assert one - before > size_kb
+    second = opened(path, library)
+    assert anonymous_kb() - one < size_kb // 4
+    y = np.asarray(first.run(None, {"x": x})[0])
+    del first
+    assert resident_kb(tmp_path / "m.data") < 200
+    np.testing.assert_array_equal(np.asarray(second.run(None, {"x": x})[0]), y)
+    del second
+    assert anonymous_kb() - before < size_kb // 4
+    np.testing.assert_array_equal(np.asarray(opened(path, library).run(None, {"x": x})[0]), y)
+
+
+@pytest.mark.parametrize("part", ["codes", "scales", "zeros"])
+@pytest.mark.parametrize("row", [0, 69])
+def test_weights_that_differ_in_one_number_are_two(library: Path, tmp_path: Path, part: str, row: int) -> None:
+    """In their first tile or their last; both are open."""
+    w = random_weights(8, 128, 70, 416, zeros=True, bias=False)
+    array = getattr(w, part).copy()
+    array.reshape(70, -1)[row, 1] += 1
+    other = replace(w, **{part: array})
+    x = np.random.default_rng(0).normal(size=(1, 1, 416)).astype(np.float32)
+    sessions = []
+    for name, weights in (("a", w), ("b", other)):
+        (tmp_path / name).mkdir()
+        sessions.append(opened(in_file(weights, tmp_path / name), library))
+    for session, weights in zip(sessions, (w, other), strict=True):
+        expected, off = product(weights, x[0])
+        assert (np.abs(np.asarray(session.run(None, {"x": x})[0])[0] - expected) <= off).all()
+    y, z = (np.asarray(s.run(None, {"x": x})[0])[0, 0] for s in sessions)
+    assert y[row] != z[row] and (np.delete(y, row) == np.delete(z, row)).all()
 
 
 # --------------------------------------------------------------------------------------- whether there is a library

@@ -341,7 +341,7 @@ def test_a_broken_engine_is_a_500_without_internals(bundle: Path, monkeypatch: p
 def test_a_request_without_memory_may_come_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(bundle) as server:
         with monkeypatch.context() as patch:
-            patch.setattr("edgevl.runtime.admission.available_bytes", lambda in_file: 1000)
+            patch.setattr("edgevl.runtime.admission.available_bytes", lambda: 1000)
             refused = server.ask({"messages": user("How many stars?", "count.png")})
         assert refused.status_code == 503 and refused.headers["Retry-After"] == "5"
         assert "available here" in refused.json()["error"]["message"]

@@ -34,10 +34,10 @@ static int has_format(const Packed *packed, const Kernels *kernels, const Weight
            other->bits == w->bits && other->block == w->block && (other->zeros == NULL) == (w->zeros == NULL);
 }
 
-static int is_same(const Packed *packed, const Kernels *kernels, const Weight *w, uint8_t *room) {
+/* From the second tile on. */
+static int is_rest_same(const Packed *packed, const Kernels *kernels, const Weight *w, uint8_t *room) {
     const int64_t bytes = kernels->tile_bytes(w);
-    if (!has_format(packed, kernels, w)) return 0;
-    for (int64_t tile = 0; tile < tiles_of(kernels, w); tile++) {
+    for (int64_t tile = 1; tile < tiles_of(kernels, w); tile++) {
         kernels->pack_tile(w, tile, room);
         if (memcmp(room, packed->memory + tile * bytes, bytes) != 0) return 0;
     }
@@ -45,10 +45,16 @@ static int is_same(const Packed *packed, const Kernels *kernels, const Weight *w
 }
 
 static Packed *find(const Kernels *kernels, const Weight *w) {
-    uint8_t *room = aligned_alloc(64, (kernels->tile_bytes(w) + 63) / 64 * 64);
-    Packed *packed = room == NULL ? NULL : all; /* without memory it is laid out again, or not at all */
-    while (packed != NULL && !is_same(packed, kernels, w, room)) packed = packed->next;
-    free(room);
+    const int64_t bytes = (kernels->tile_bytes(w) + 63) / 64 * 64;
+    uint8_t *first = aligned_alloc(64, 2 * bytes), *other = first + bytes;
+    if (first == NULL) return NULL; /* then it is laid out once more, or not at all */
+    kernels->pack_tile(w, 0, first);
+    Packed *packed = all;
+    for (; packed != NULL; packed = packed->next)
+        if (has_format(packed, kernels, w) && memcmp(first, packed->memory, kernels->tile_bytes(w)) == 0 &&
+            is_rest_same(packed, kernels, w, other))
+            break;
+    free(first);
     return packed;
 }
 
