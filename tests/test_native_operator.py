@@ -227,9 +227,7 @@ def opened(path: Path, library: Path) -> ort.InferenceSession:
 
 
 def in_file(w: Weights, folder: Path) -> Path:
-    onnx.save(
-        onnx.load_from_string(model(OURS, w)), folder / "m.onnx", save_as_external_data=True, location="m.data"
-    )
+    onnx.save(onnx.load_from_string(model(OURS, w)), folder / "m.onnx", save_as_external_data=True, location="m.data")
     return folder / "m.onnx"
 
 

@@ -187,7 +187,7 @@ static Status *constant(Api api, const KernelInfo *info, size_t index, int64_t w
 static Status *pack(Api api, const KernelInfo *info, const Kernels *kernels, Weight *w) {
     CHECK(constant(api, info, 1, w->rows * weight_row_bytes(w), &w->codes));
     CHECK(constant(api, info, 2, w->rows * w->blocks, &w->scales));
-    CHECK(constant(api, info, 3, w->rows * ((w->blocks * w->bits + 7) / 8), &w->zeros));
+    CHECK(constant(api, info, 3, w->rows * weight_zero_bytes(w), &w->zeros));
     if (w->codes == NULL || w->scales == NULL) return CreateStatus(api)(ABI_INVALID_ARGUMENT, not_constant);
     w->packed = pack_weight(kernels, w);
     return w->packed ? NULL : CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: no memory for the weight laid out anew");

@@ -79,6 +79,8 @@ void release_weight(const uint8_t *packed); /* NULL: nothing */
 
 static inline int64_t weight_row_bytes(const Weight *w) { return w->blocks * w->block * w->bits / 8; }
 
+static inline int64_t weight_zero_bytes(const Weight *w) { return (w->blocks * w->bits + 7) / 8; } /* of a row */
+
 static inline int weight_zero(const Weight *w, int64_t row, int64_t block) {
     if (w->zeros == 0) return w->bits == 4 ? 8 : 128;
     if (w->bits == 8) return w->zeros[row * w->blocks + block];

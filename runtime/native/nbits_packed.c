@@ -83,6 +83,7 @@ const uint8_t *pack_weight(const Kernels *kernels, const Weight *w) {
     if (packed != NULL) packed->users++;
     release_file_pages(w->codes, w->rows * weight_row_bytes(w));
     release_file_pages(w->scales, w->rows * w->blocks * (int64_t)sizeof(float));
+    if (w->zeros != NULL) release_file_pages(w->zeros, w->rows * weight_zero_bytes(w));
     pthread_mutex_unlock(&lock);
     return packed == NULL ? NULL : packed->memory;
 }
