@@ -214,7 +214,7 @@ def test_a_weight_that_is_not_a_constant(library: Path, name: str) -> None:
     given = numpy_helper.to_array(moved)
     found.graph.initializer.remove(moved)
     with pytest.raises(Exception, match=r"edgevl.MatMulNBits: B, scales or zero_points is not a constant"):
-        run(found.SerializeToString(), np.zeros((1, 2, 96), np.float32), library, **{name: given})
+        run(found.SerializeToString(), np.zeros((1, 2, 96), np.float32), library, 1, **{name: given})
 
 
 # --------------------------------------------------------------------------------------- memory of weights
@@ -238,7 +238,7 @@ def anonymous_kb() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="pages are given back on Linux alone")
 def test_a_weight_is_in_memory_once(library: Path, tmp_path: Path) -> None:
-    """Its file's pages are given back when it was laid out, and sessions share what was laid out, whoever goes first."""
+    """Its file's pages are given back when it is laid out, and sessions share what was laid out, whoever goes first."""
     w = random_weights(4, 32, 4096, 12288, zeros=True, bias=True)
     path, size_kb = in_file(w, tmp_path), 4096 * 12288 // 2048
     x = np.random.default_rng(0).normal(size=(1, 2, 12288)).astype(np.float32)
