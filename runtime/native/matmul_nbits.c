@@ -4,8 +4,8 @@
  * / 8], scales float [N, blocks], zero_points uint8 [N, ceil(blocks × bits / 8)] or none, g_idx, which must be absent,
  * bias float [N] or none. More, all of them optional: gate and residual of the output's shape, the one's SiLU is
  * multiplied with the output, the other added to it; norm_weight and norm_bias float [K] and norm_epsilon float [1], by
- * which rows of A are normalised at first (Norm in nbits.h). B, scales and zero_points are constants, and laid out anew as a
- * session opens (nbits_multiply.h).
+ * which rows of A are normalised at first (Norm in nbits.h). B, scales and zero_points are constants, and laid out anew
+ * as a session opens (nbits_multiply.h).
  */
 #include "nbits.h"
 #include "operator.h"

@@ -72,8 +72,8 @@ extern const Kernels nbits_avx512, nbits_avx_vnni, nbits_avx2, nbits_neon;
 extern const Kernels *const all_kernels[]; /* that were built, best first, then NULL */
 const Kernels *usable_kernels(void);       /* the best of this processor, or NULL */
 
-/* The weight laid out, which others may have had laid out before; NULL: no memory. To be released. Pages of the file that
- * it was read from are given back. */
+/* The weight laid out, which others may have had laid out before; NULL: no memory. To be released. Pages of the file
+ * that it was read from are given back. */
 const uint8_t *pack_weight(const Kernels *kernels, const Weight *w);
 void release_weight(const uint8_t *packed); /* NULL: nothing */
 

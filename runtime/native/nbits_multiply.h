@@ -11,7 +11,7 @@
  *   begin, dot_lane, finish   sums of products, at most 8 of `dot_lane` between begin and finish
  *   load_zeros      LANES zero points out of bytes
  *   zero_products   minus a sum of x, times zero points
- *   to_floats
+ *   to_floats, and sum_of_lanes, which only attention needs
  *   transpose       dwords j of LANES rows as registers of their own
  *
  * Outputs lie in lanes, so that factors meet whole registers of sums, and nothing is added up across lanes. The file's
@@ -111,8 +111,8 @@ INLINE void fetch_ahead(const uint8_t *from, int64_t bytes) {
     UNROLL for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch((const char *)from + AHEAD + i, 0, 3);
 }
 
-/* One register of outputs by four columns, and by the four that second columns begin with: of 4-bit codes the low and the
- * high halves of the same bytes. */
+/* One register of outputs by four of the first 16 columns, and by four of the second: of 4-bit codes the low and the high
+ * halves of the same bytes. */
 INLINE void load_codes(const uint8_t *from, int packed, int t, Bytes *first, Bytes *second) {
     const Bytes bytes = load_bytes(from + t * WIDTH);
     if (packed == 4) {
