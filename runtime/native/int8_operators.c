@@ -109,14 +109,10 @@ static Status *multiply(void *kernel, KernelContext *context) {
 }
 
 static Status *check_shape(Api api, const Value *value, const Int8Weight *w) {
-    ShapeInfo *shape = NULL;
-    int64_t dims[2] = {0, 0};
+    int64_t dims[MOST_DIMENSIONS];
     size_t count = 0;
-    CHECK(GetTensorTypeAndShape(api)(value, &shape));
-    Status *status = GetDimensionsCount(api)(shape, &count);
-    if (status == NULL && count == 2) status = GetDimensions(api)(shape, dims, 2);
-    ReleaseTensorTypeAndShapeInfo(api)(shape);
-    if (status != NULL || (dims[0] == w->columns && dims[1] == w->rows)) return status;
+    CHECK(tensor_shape(api, value, dims, &count));
+    if (count == 2 && dims[0] == w->columns && dims[1] == w->rows) return NULL;
     return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulInt8: B is not [K, N]");
 }
 

@@ -28,9 +28,9 @@ EXPORT const char *edgevl_instructions(void) {
 /* One allocation for all of it; NULL: no memory. */
 static void *make_room(const Weight *w, int64_t rows, Activations *x) {
     x->rows = rows;
-    x->chunks = up_to(w->columns, CHUNK) / CHUNK;
+    x->chunks = weight_chunks(w);
     x->padded = up_to(w->blocks, 16) + 16;
-    x->units = w->block < CHUNK ? CHUNK / w->block : 1;
+    x->units = weight_units(w);
     const size_t codes = x->chunks * rows * CHUNK, numbers = up_to(rows * x->padded * sizeof(float), 64);
     const size_t sums = up_to(x->chunks * rows * x->units * sizeof(int32_t), 64);
     char *room = aligned_alloc(64, codes + numbers + sums);
@@ -168,19 +168,14 @@ static Status *compute(void *kernel, KernelContext *context) {
 /* A part of the weight, which has `wanted` numbers; left as it is where the input is absent or not a constant. */
 static Status *constant(Api api, const KernelInfo *info, size_t index, int64_t wanted, const void *data) {
     const Value *value = NULL;
-    ShapeInfo *shape = NULL;
     int is_constant = 0;
     int64_t dims[MOST_DIMENSIONS], size = 1;
     size_t count = 0;
     CHECK(KernelInfoGetConstantInput_tensor(api)(info, index, &is_constant, &value));
     if (!is_constant) return NULL;
-    CHECK(GetTensorTypeAndShape(api)(value, &shape));
-    Status *status = GetDimensionsCount(api)(shape, &count);
-    if (status == NULL && count <= MOST_DIMENSIONS) status = GetDimensions(api)(shape, dims, count);
-    ReleaseTensorTypeAndShapeInfo(api)(shape);
-    if (status != NULL) return status;
-    for (size_t axis = 0; axis < count && count <= MOST_DIMENSIONS; axis++) size *= dims[axis];
-    if (count > MOST_DIMENSIONS || size != wanted) return CreateStatus(api)(ABI_INVALID_ARGUMENT, mismatch);
+    CHECK(tensor_shape(api, value, dims, &count));
+    for (size_t axis = 0; axis < count; axis++) size *= dims[axis];
+    if (size != wanted) return CreateStatus(api)(ABI_INVALID_ARGUMENT, mismatch);
     return GetTensorMutableData(api)((Value *)value, (void **)data);
 }
 

@@ -77,6 +77,8 @@ const Kernels *usable_kernels(void);       /* the best of this processor, or NUL
 const uint8_t *pack_weight(const Kernels *kernels, const Weight *w);
 void release_weight(const uint8_t *packed); /* NULL: nothing */
 
+static inline int64_t weight_chunks(const Weight *w) { return (w->columns + CHUNK - 1) / CHUNK; } /* of a row */
+static inline int weight_units(const Weight *w) { return w->block < CHUNK ? CHUNK / w->block : 1; } /* of a chunk */
 static inline int64_t weight_row_bytes(const Weight *w) { return w->blocks * w->block * w->bits / 8; }
 
 static inline int64_t weight_zero_bytes(const Weight *w) { return (w->blocks * w->bits + 7) / 8; } /* of a row */

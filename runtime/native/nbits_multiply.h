@@ -32,29 +32,27 @@ enum {
     TILE = TILE_REGISTERS * LANES,
 };
 
-INLINE int64_t chunks_of(const Weight *w) { return (w->columns + CHUNK - 1) / CHUNK; }
-INLINE int64_t units_of_chunk(const Weight *w) { return w->block < CHUNK ? CHUNK / w->block : 1; }
 INLINE int64_t chunks_of_block(const Weight *w) { return w->block < CHUNK ? 1 : w->block / CHUNK; }
 INLINE int64_t chunk_bytes(const Weight *w) { return CHUNK * w->bits / 8 * TILE; }
 
 /* Of factors before a block's codes. */
 INLINE int64_t head_bytes(const Weight *w) {
-    const int64_t bytes = units_of_chunk(w) * TILE * (w->zeros == NULL ? 4 : 5);
+    const int64_t bytes = weight_units(w) * TILE * (w->zeros == NULL ? 4 : 5);
     return (bytes + LINE - 1) / LINE * LINE;
 }
 
 static int64_t tile_bytes(const Weight *w) {
-    const int64_t heads = (chunks_of(w) + chunks_of_block(w) - 1) / chunks_of_block(w);
-    return heads * head_bytes(w) + chunks_of(w) * chunk_bytes(w);
+    const int64_t heads = (weight_chunks(w) + chunks_of_block(w) - 1) / chunks_of_block(w);
+    return heads * head_bytes(w) + weight_chunks(w) * chunk_bytes(w);
 }
 
 /* ------------------------------------------------------------------------------------------------------ laying out */
 
 static void pack_head(const Weight *w, int64_t n, int64_t block, uint8_t *to) {
     float *scales = (float *)to;
-    uint8_t *zeros = to + units_of_chunk(w) * TILE * 4;
+    uint8_t *zeros = to + weight_units(w) * TILE * 4;
     memset(to, 0, head_bytes(w));
-    for (int64_t u = 0; u < units_of_chunk(w) && block + u < w->blocks; u++)
+    for (int64_t u = 0; u < weight_units(w) && block + u < w->blocks; u++)
         for (int64_t i = 0; i < TILE && n + i < w->rows; i++) {
             scales[u * TILE + i] = w->scales[(n + i) * w->blocks + block + u];
             if (w->zeros != NULL) zeros[u * TILE + i] = weight_zero(w, n + i, block + u);
@@ -82,7 +80,7 @@ static void pack_codes(const Weight *w, int64_t n, int64_t chunk, uint8_t *to) {
 }
 
 static void pack_tile(const Weight *w, int64_t tile, uint8_t *to) {
-    for (int64_t chunk = 0; chunk < chunks_of(w); chunk++, to += chunk_bytes(w)) {
+    for (int64_t chunk = 0; chunk < weight_chunks(w); chunk++, to += chunk_bytes(w)) {
         if (chunk % chunks_of_block(w) == 0) {
             pack_head(w, tile * TILE, chunk * CHUNK / w->block, to);
             to += head_bytes(w);

@@ -26,11 +26,9 @@ static inline Status *input_data(Api api, const KernelContext *context, size_t i
     return value == NULL ? NULL : GetTensorMutableData(api)((Value *)value, (void **)data);
 }
 
-/* The axes of an input, at most MOST_DIMENSIONS. */
-static inline Status *input_shape(Api api, const KernelContext *context, size_t index, int64_t *dims, size_t *count) {
-    const Value *value = NULL;
+/* The axes of a tensor, at most MOST_DIMENSIONS. */
+static inline Status *tensor_shape(Api api, const Value *value, int64_t *dims, size_t *count) {
     ShapeInfo *shape = NULL;
-    CHECK(KernelContext_GetInput(api)(context, index, &value));
     CHECK(GetTensorTypeAndShape(api)(value, &shape));
     Status *status = GetDimensionsCount(api)(shape, count);
     if (status == NULL && *count <= MOST_DIMENSIONS) status = GetDimensions(api)(shape, dims, *count);
@@ -38,6 +36,12 @@ static inline Status *input_shape(Api api, const KernelContext *context, size_t 
     if (status == NULL && *count > MOST_DIMENSIONS)
         status = CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl: an input has more than 8 axes");
     return status;
+}
+
+static inline Status *input_shape(Api api, const KernelContext *context, size_t index, int64_t *dims, size_t *count) {
+    const Value *value = NULL;
+    CHECK(KernelContext_GetInput(api)(context, index, &value));
+    return tensor_shape(api, value, dims, count);
 }
 
 static inline Status *input_size(Api api, const KernelContext *context, size_t index, int64_t *size) {
