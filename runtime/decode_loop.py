@@ -16,7 +16,7 @@ from edgevl.runtime.decoding import Decoder
 from edgevl.runtime.device_tensor import join_rows
 from edgevl.runtime.errors import EdgeVLError, InputError
 from edgevl.runtime.lookup import PromptLookup
-from edgevl.runtime.prefix_cache import PrefixCache
+from edgevl.runtime.prefix_cache import PrefixCache, common_prefix
 from edgevl.runtime.results import Piece
 from edgevl.runtime.row import Row
 
@@ -106,6 +106,7 @@ class DecodeLoop:
         began = time.perf_counter()
         if self._prefixes is not None:
             row.cached += self._prefixes.restore(prompt.identity, self._decoder.cache, slot)
+        row.cached += self._copy_beginning(slot, prompt.identity)
         rest = None
         if prompt.images:
             placeholders = int(np.isin(prompt.ids[: row.cached], self._placeholders).sum())
@@ -113,6 +114,18 @@ class DecodeLoop:
         logits = self._decoder.prefill(slot, prompt.ids[row.cached :], prompt.positions[:, row.cached :], rest)
         row.prefill_s = time.perf_counter() - began
         return row.accept(logits, room=self._room(slot))
+
+    def _copy_beginning(self, slot: int, identity: np.ndarray) -> int:
+        """Append to `slot` the keys and values of what the prompt `identity` [S, 3] begins with in common with that of
+        another row; gives how many tokens. The last one is left out: its logits are needed. What a row has answered is
+        not copied: a decoder may say tokens in other kernels than it reads them."""
+        cache = self._decoder.cache
+        have, last = int(cache.lengths[slot]), len(identity) - 1
+        shared = [min(common_prefix(row.prompt_identity, identity), last) for row in self._active]
+        if (count := max(shared, default=0)) <= have:
+            return 0
+        cache.append(slot, cache.read(shared.index(count), have, count), count - have)
+        return count - have
 
     def _step(self, rows: Sequence[Row]) -> list[tuple[Row, Piece]]:
         """One token for every row."""

@@ -62,6 +62,11 @@ class Row:
         return self._seen[: len(self._prompt.ids) + len(self.tokens)]
 
     @property
+    def prompt_identity(self) -> np.ndarray:
+        """What `token_identity` gives for the prompt, int64 [S, 3]."""
+        return self._prompt.identity
+
+    @property
     def identity(self) -> np.ndarray:
         """What `token_identity` gives for `sequence`, int64 [S, 3]."""
         return np.concatenate([self._prompt.identity, token_identity(np.array(self.tokens, np.int64))])

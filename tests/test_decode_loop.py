@@ -67,6 +67,36 @@ def test_a_row_that_leaves_changes_no_other(tiny: Pair) -> None:
             gone.completion()
 
 
+def test_a_row_takes_what_it_begins_with_from_one_that_answers(tiny: Pair) -> None:
+    with tiny.open() as model:
+        loop = model.decode_loop(4)
+        first = join(model, loop, "one picture")
+        for _ in range(5):
+            loop.step()
+        again, other = join(model, loop, "one picture"), join(model, loop, "three unequal pictures")
+        prompt = model.prepare(CASES["one picture"])
+        assert (first.cached, again.cached) == (0, len(prompt.ids) - 1)
+        unequal = model.prepare(CASES["three unequal pictures"]).identity
+        assert other.cached == [a.tolist() == b.tolist() for a, b in zip(prompt.identity, unequal)].index(False) > 0
+        # A prompt that goes on with what `first` has answered: that was said, not read, and is computed anew.
+        more = np.concatenate([prompt.ids, first.tokens[:3]])
+        longer = replace(
+            prompt,
+            ids=more,
+            positions=np.concatenate([prompt.positions, prompt.next_position + np.tile(np.arange(3), (3, 1))], axis=1),
+            next_position=prompt.next_position + 3,
+            identity=np.concatenate([prompt.identity, np.array([[t, 0, 0] for t in first.tokens[:3]])]),
+        )
+        row = model.row(longer, model.generation_config(max_new_tokens=STEPS - 3, eos_token_ids=(-1,)))
+        loop.join(row, longer)
+        assert row.cached == len(prompt.ids)
+        while loop.rows:
+            loop.step()
+        expected = list(alone(model, "one picture"))
+        assert first.tokens == again.tokens == expected and row.tokens == expected[3:]
+        assert tuple(other.tokens) == alone(model, "three unequal pictures")
+
+
 def test_a_full_loop_says_so_and_goes_on(tiny: Pair) -> None:
     with tiny.open() as model:
         loop = model.decode_loop(1)

@@ -119,33 +119,39 @@ INLINE void fetch_outputs(const float *y, int64_t stride) {
     }
 }
 
+/* `count` rows from m on by one piece of a tile of weights; behind the last piece they are stored, while their outputs
+   and their sums are in the first-level cache. */
+INLINE void multiply_rows(const Int8Weight *w, const Int8Rows *x, float *y, int64_t m, int count, int64_t n,
+                          int64_t width, int64_t column, int32_t *sums) {
+    const int64_t columns = padded_columns(w), left = columns - column, steps = (left < DEPTH ? left : DEPTH) / 4;
+    const int last = left <= DEPTH;
+    if (last && count == TILE_ROWS) {
+        const int64_t at = m * w->rows + n;
+        fetch_outputs(y + at, w->rows);
+        fetch_outputs(w->gate ? w->gate + at : NULL, w->rows);
+        fetch_outputs(w->residual ? w->residual + at : NULL, w->rows);
+    }
+    multiply_tile(w->codes + n * columns + column * OUTPUTS, x->codes + (column / DEPTH * x->rows + m) * DEPTH, steps,
+                  count, sums);
+    if (last) store_rows(w, x, y, m, m + count, n, width, sums);
+}
+
 static void multiply(const Int8Weight *w, const Int8Rows *x, float *y, int64_t first, int64_t last) {
     const int64_t columns = padded_columns(w);
     int32_t sums[MOST_ROWS * OUTPUTS] __attribute__((aligned(64)));
     for (int64_t start = 0; start < x->rows; start += MOST_ROWS)
         for (int64_t n = first; n < last; n += OUTPUTS) {
             const int64_t stop = start + MOST_ROWS < x->rows ? start + MOST_ROWS : x->rows;
+            const int64_t width = last - n < OUTPUTS ? last - n : OUTPUTS;
             memset(sums, 0, (stop - start) * OUTPUTS * sizeof(int32_t));
             for (int64_t column = 0; column < columns; column += DEPTH) {
-                const int64_t left = columns - column, steps = (left < DEPTH ? left : DEPTH) / 4;
-                const int8_t *tile = w->codes + n * columns + column * OUTPUTS;
-                const uint8_t *codes = x->codes + (column / DEPTH * x->rows + start) * DEPTH;
                 int32_t *to = sums;
                 int64_t m = start;
-                for (; m + TILE_ROWS <= stop; m += TILE_ROWS, codes += TILE_ROWS * DEPTH, to += TILE_ROWS * OUTPUTS) {
-                    if (left <= DEPTH) { /* the last ones: their outputs are next */
-                        const int64_t at = m * w->rows + n;
-                        fetch_outputs(y + at, w->rows);
-                        fetch_outputs(w->gate ? w->gate + at : NULL, w->rows);
-                        fetch_outputs(w->residual ? w->residual + at : NULL, w->rows);
-                    }
-                    multiply_tile(tile, codes, steps, TILE_ROWS, to);
-                }
-                for (; m + 4 <= stop; m += 4, codes += 4 * DEPTH, to += 4 * OUTPUTS)
-                    multiply_tile(tile, codes, steps, 4, to);
-                for (; m < stop; m++, codes += DEPTH, to += OUTPUTS) multiply_tile(tile, codes, steps, 1, to);
+                for (; m + TILE_ROWS <= stop; m += TILE_ROWS, to += TILE_ROWS * OUTPUTS)
+                    multiply_rows(w, x, y, m, TILE_ROWS, n, width, column, to);
+                for (; m + 4 <= stop; m += 4, to += 4 * OUTPUTS) multiply_rows(w, x, y, m, 4, n, width, column, to);
+                for (; m < stop; m++, to += OUTPUTS) multiply_rows(w, x, y, m, 1, n, width, column, to);
             }
-            store_rows(w, x, y, start, stop, n, last - n < OUTPUTS ? last - n : OUTPUTS, sums);
         }
 }
 
