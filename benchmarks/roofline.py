@@ -32,8 +32,8 @@ __all__ = [
     "vision_work",
 ]
 
-# Bytes of one weight, its scales in blocks of 128 or per channel included.
-_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int8-weights": 1 + 4 / 128, "int4": 0.5 + 4 / 128}
+# Bytes of one weight, its scales of 16 bits in blocks of 128 or per channel included.
+_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int8-weights": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
 _REPEATS = 7
 
 
@@ -72,7 +72,7 @@ def decode_bytes(bundle: Bundle, context: int) -> float:
     each = _WEIGHT_BYTES[graph.precision]
     head_bits = bundle.options.get("head_bits") or (8 if bundle.target in ("cpu", "cuda") else 16)
     is_float = graph.precision in ("fp32", "fp16", "bf16")
-    head = each if is_float else 2.0 if head_bits == 16 else head_bits / 8 + 4 / 128
+    head = each if is_float else 2.0 if head_bits == 16 else head_bits / 8 + 2 / 128
     past = graph.spec.input(graph.spec.cache[0][0])
     kv = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * np.dtype(past.dtype).itemsize
     return _layer_weights(bundle.model) * each + text.vocab_size * text.hidden_size * head + kv * context

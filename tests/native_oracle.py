@@ -97,7 +97,7 @@ def product(w: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             stored, zero = w.codes[n, b, : stop - start].astype(np.int64), w.zero(n, b)
             factor = scales.astype(np.float64) * float(w.scales[n, b])
             y[:, n] += factor * (codes @ (stored - zero))
-            magnitude[:, n] += factor * (np.abs(codes) @ stored + zero * np.abs(codes.sum(1)))
+            magnitude[:, n] += np.abs(factor) * (np.abs(codes) @ stored + zero * np.abs(codes.sum(1)))
     if w.bias is not None:
         y, magnitude = y + w.bias, magnitude + np.abs(w.bias)
     additions = w.blocks + 2 * -(-w.columns // 128) + 10
@@ -110,7 +110,7 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "bias")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "blocks")),
-        *((name, ctypes.c_int) for name in ("bits", "block")),
+        *((name, ctypes.c_int) for name in ("bits", "block", "half")),
         ("packed", ctypes.c_void_p),
     )
 
@@ -145,23 +145,29 @@ def multiply(name: str, w: Weights, x: np.ndarray, place: Callable[[np.ndarray],
 
 
 def try_to_multiply(
-    name: str, w: Weights, x: np.ndarray, place: Callable[[np.ndarray], np.ndarray] = as_it_is
+    name: str,
+    w: Weights,
+    x: np.ndarray,
+    place: Callable[[np.ndarray], np.ndarray] = as_it_is,
+    half: bool | None = None,
 ) -> np.ndarray | None:
     """As `multiply`; None where this processor has no kernels `name`.
 
     Args:
         place: where each array of the call is put in memory.
+        half: whether scales are expected to be kept in 16 bits; None: either.
     """
     given = [w.packed_codes(), w.scales, w.packed_zeros(), w.bias]
     arrays = [None if a is None else place(np.ascontiguousarray(a)) for a in given]
     pointers = [None if a is None else a.ctypes.data for a in arrays]
-    weight = _Weight(*pointers, len(w.codes), w.columns, w.blocks, w.bits, w.block, None)
+    weight = _Weight(*pointers, len(w.codes), w.columns, w.blocks, w.bits, w.block, 0, None)
     rows = place(np.ascontiguousarray(x, np.float32))
     y = place(np.full((len(x), len(w.codes)), np.nan, np.float32))
     function = ctypes.CDLL(str(library_path())).edgevl_multiply
     function.argtypes = (ctypes.c_char_p, *[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p)
     if function(name.encode(), ctypes.byref(weight), rows.ctypes.data, len(x), y.ctypes.data):
         return None
+    assert half in (None, bool(weight.half))
     return y.copy()
 
 

@@ -135,6 +135,38 @@ def test_extreme_rows(kernel: str, bits: int, block: int) -> None:
         assert not found[[0, 2] if rows > 2 else [0]].any(), rows
 
 
+def half_scales(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """Of every magnitude that 16 bits hold in full, both signs, and 0."""
+    scales = (2.0 ** rng.uniform(-14, 15, size) * rng.choice([-1, 1], size)).astype(np.float16)
+    return np.where(rng.random(size) < 0.1, np.float16(0), scales)
+
+
+@each_kernel
+@each_format
+@with_zeros_and_bias
+def test_scales_of_16_bits(kernel: str, bits: int, block: int, extras: bool) -> None:
+    """Kept so where that is exact; the products are those of the same scales in 32 bits, bit for bit."""
+    for shape in SHAPES:
+        w = random_weights(bits, block, *shape, zeros=extras, bias=extras, scales=half_scales)
+        more = {
+            name: None if part is None else np.concatenate([part, part[:1]])
+            for name, part in (("codes", w.codes), ("scales", w.scales), ("zeros", w.zeros), ("bias", w.bias))
+        }
+        for rows in ROWS:
+            x = activations(rows, w.columns)
+            found = try_to_multiply(kernel, w, x, half=True)
+            if found is None:
+                pytest.skip(f"no {kernel} here")
+            expected, off = product(w, x)
+            assert (np.abs(found - expected) <= off).all(), (shape, rows)
+            for inexact in (1 / 3, 65520, 2.0**-15, np.inf, np.nan):  # of 11 bits, too large, too small, no numbers
+                scales = more["scales"].copy()
+                scales[-1, -1] = inexact
+                wide = try_to_multiply(kernel, Weights(bits, w.columns, **{**more, "scales": scales}), x, half=False)
+                assert wide is not None
+                np.testing.assert_array_equal(wide[:, : shape[0]], found, str((shape, rows, inexact)))
+
+
 @each_kernel
 @each_format
 def test_a_row_has_the_same_product_among_others(kernel: str, bits: int, block: int) -> None:

@@ -41,20 +41,19 @@ static void *make_room(const Weight *w, int64_t rows, Activations *x) {
     return room;
 }
 
-/* For tests: one thread, y [m, w.rows] = x [m, w.columns] Wᵀ by the kernels `name`. 0: done, 1: not on this one,
- * 2: no memory. */
-EXPORT int edgevl_multiply(const char *name, const Weight *w, const float *x, int64_t m, float *y) {
+/* For tests: one thread, y [m, w.rows] = x [m, w.columns] Wᵀ by the kernels `name`; fills in w.half. 0: done, 1: not on
+ * this one, 2: no memory. */
+EXPORT int edgevl_multiply(const char *name, Weight *w, const float *x, int64_t m, float *y) {
     for (const Kernels *const *k = all_kernels; *k != NULL; k++)
         if (strcmp((*k)->name, name) == 0 && (*k)->supported()) {
             Activations rounded;
-            Weight packed = *w;
-            packed.packed = pack_weight(*k, w);
-            void *room = packed.packed == NULL ? NULL : make_room(w, m, &rounded);
+            pack_weight(*k, w);
+            void *room = w->packed == NULL ? NULL : make_room(w, m, &rounded);
             if (room != NULL) {
-                (*k)->round(&packed, x, &rounded, 0, m);
-                (*k)->multiply(&packed, &rounded, y, 0, w->rows);
+                (*k)->round(w, x, &rounded, 0, m);
+                (*k)->multiply(w, &rounded, y, 0, w->rows);
             }
-            release_weight(packed.packed);
+            release_weight(w->packed);
             free(room);
             return room == NULL ? 2 : 0;
         }
@@ -184,7 +183,7 @@ static Status *pack(Api api, const KernelInfo *info, const Kernels *kernels, Wei
     CHECK(constant(api, info, 2, w->rows * w->blocks, &w->scales));
     CHECK(constant(api, info, 3, w->rows * weight_zero_bytes(w), &w->zeros));
     if (w->codes == NULL || w->scales == NULL) return CreateStatus(api)(ABI_INVALID_ARGUMENT, not_constant);
-    w->packed = pack_weight(kernels, w);
+    pack_weight(kernels, w);
     return w->packed ? NULL : CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: no memory for the weight laid out anew");
 }
 

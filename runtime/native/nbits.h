@@ -6,6 +6,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 #include "causal.h"
 
@@ -19,6 +20,7 @@ typedef struct {
     const float *bias;     /* [rows], or NULL */
     int64_t rows, columns, blocks;
     int bits, block;       /* 4 or 8; 32, 64 or a multiple of 128 */
+    int half;              /* whether all scales are kept in 16 bits, which hold them exactly; `pack_weight` finds out */
     const uint8_t *packed; /* as `pack_tile` lays the parts above out: all of them but the bias */
 } Weight;
 
@@ -72,9 +74,9 @@ extern const Kernels nbits_avx512, nbits_avx_vnni, nbits_avx2, nbits_neon;
 extern const Kernels *const all_kernels[]; /* that were built, best first, then NULL */
 const Kernels *usable_kernels(void);       /* the best of this processor, or NULL */
 
-/* The weight laid out, which others may have had laid out before; NULL: no memory. To be released. Pages of the file
- * that it was read from are given back. */
-const uint8_t *pack_weight(const Kernels *kernels, const Weight *w);
+/* Fills in w->half and w->packed: the weight laid out, which others may have had laid out before; NULL: no memory. To be
+ * released. Pages of the file that it was read from are given back. */
+void pack_weight(const Kernels *kernels, Weight *w);
 void release_weight(const uint8_t *packed); /* NULL: nothing */
 
 static inline int64_t weight_chunks(const Weight *w) { return (w->columns + CHUNK - 1) / CHUNK; } /* of a row */
@@ -82,6 +84,20 @@ static inline int weight_units(const Weight *w) { return w->block < CHUNK ? CHUN
 static inline int64_t weight_row_bytes(const Weight *w) { return w->blocks * w->block * w->bits / 8; }
 
 static inline int64_t weight_zero_bytes(const Weight *w) { return (w->blocks * w->bits + 7) / 8; } /* of a row */
+
+/* The number in IEEE's 16 bits; 0 where they do not hold it exactly. Numbers below their normal ones are not tried. */
+static inline int exact_half(float value, uint16_t *half) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const uint32_t exponent = bits >> 23 & 255, sign = bits >> 16 & 0x8000;
+    if (exponent >= 113 && exponent <= 142 && (bits & 0x1fff) == 0)
+        *half = (uint16_t)(sign | (exponent - 112) << 10 | (bits >> 13 & 1023));
+    else if ((bits & 0x7fffffff) == 0)
+        *half = (uint16_t)sign;
+    else
+        return 0;
+    return 1;
+}
 
 static inline int weight_zero(const Weight *w, int64_t row, int64_t block) {
     if (w->zeros == 0) return w->bits == 4 ? 8 : 128;

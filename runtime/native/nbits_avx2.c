@@ -7,13 +7,13 @@
 #include <string.h>
 
 #if defined(__clang__) && defined(AVX_VNNI)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
 #elif defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #elif defined(AVX_VNNI)
-#pragma GCC target("avx2,fma,avxvnni")
+#pragma GCC target("avx2,fma,f16c,avxvnni")
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #include "nbits_common.h"
@@ -95,6 +95,7 @@ INLINE Bytes high_codes(Bytes bytes) { return low_codes(_mm256_srli_epi16(bytes,
 
 INLINE Floats splat(float value) { return _mm256_set1_ps(value); }
 INLINE Floats load_floats(const float *from) { return _mm256_loadu_ps(from); }
+INLINE Floats load_halves(const uint16_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
 INLINE void store_floats(float *to, Floats values) { _mm256_storeu_ps(to, values); }
 INLINE Floats to_floats(Ints values) { return _mm256_cvtepi32_ps(values); }
 
@@ -129,11 +130,15 @@ INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
 #include "nbits_multiply.h"
 #include "causal_attention.h"
 
-static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+/* F16C and AVX-VNNI are asked of the processor itself: compilers' names for them are younger than their instructions. */
+static int has_avx2(void) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+           (c & bit_F16C);
+}
 
 #ifdef AVX_VNNI
 
-/* Asked of the processor itself: compilers' names for it are younger than their instructions. */
 static int supported(void) {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);

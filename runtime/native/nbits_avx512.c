@@ -40,6 +40,7 @@ INLINE Bytes whole_codes(Bytes bytes) { return bytes; }
 
 INLINE Floats splat(float value) { return _mm512_set1_ps(value); }
 INLINE Floats load_floats(const float *from) { return _mm512_loadu_ps(from); }
+INLINE Floats load_halves(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
 INLINE void store_floats(float *to, Floats values) { _mm512_storeu_ps(to, values); }
 INLINE Floats to_floats(Ints values) { return _mm512_cvtepi32_ps(values); }
 INLINE float sum_of_lanes(Floats values) { return _mm512_reduce_add_ps(values); }

@@ -6,7 +6,7 @@
  *   MANY_UNPACKED   1: with more rows, codes are made bytes once and not for every TILE_ROWS rows
  *   OFFSET          what whole_codes takes away from codes of 8 bits
  *   Bytes, Ints, Floats, Columns   registers; the last is 16 columns of a row of x, or where they are
- *   load_bytes, store_bytes, load_columns, load_floats, store_floats, splat, splat_ints
+ *   load_bytes, store_bytes, load_columns, load_floats, load_halves, store_floats, splat, splat_ints
  *   low_codes, high_codes, whole_codes   codes out of bytes
  *   begin, dot_lane, finish   sums of products, at most 8 of `dot_lane` between begin and finish
  *   load_zeros      LANES zero points out of bytes
@@ -18,9 +18,9 @@
  * bytes are laid out for that once, while a model opens:
  *
  * Tiles of TILE outputs, one behind the other, each one stream of memory. Of a tile, for every block (for every chunk
- * where blocks are shorter): float scales [units, TILE]; if there are any, uint8 zero points [units, TILE]; nothing up
- * to a whole line; the block's chunks, dword j of each output [CHUNK × bits / 32, TILE, 4]. Outputs behind the last and
- * blocks behind a row's end are zeros.
+ * where blocks are shorter): scales [units, TILE], of 16 bits where that is exact, else of 32; if there are any, uint8
+ * zero points [units, TILE]; nothing up to a whole register; the block's chunks, dword j of each output
+ * [CHUNK × bits / 32, TILE, 4]. Outputs behind the last and blocks behind a row's end are zeros.
  */
 #include "nbits_common.h"
 
@@ -30,15 +30,18 @@ enum {
     MOST_ROWS = 384, /* rows of x that stay in the second-level cache beside their outputs */
     WIDTH = 4 * LANES,
     TILE = TILE_REGISTERS * LANES,
+    MOST_UNITS = 4,
 };
 
 INLINE int64_t chunks_of_block(const Weight *w) { return w->block < CHUNK ? 1 : w->block / CHUNK; }
 INLINE int64_t chunk_bytes(const Weight *w) { return CHUNK * w->bits / 8 * TILE; }
 
+INLINE int64_t scale_bytes(const Weight *w) { return weight_units(w) * TILE * (w->half ? 2 : 4); }
+
 /* Of factors before a block's codes. */
 INLINE int64_t head_bytes(const Weight *w) {
-    const int64_t bytes = weight_units(w) * TILE * (w->zeros == NULL ? 4 : 5);
-    return (bytes + LINE - 1) / LINE * LINE;
+    const int64_t bytes = scale_bytes(w) + (w->zeros == NULL ? 0 : weight_units(w) * TILE);
+    return (bytes + WIDTH - 1) / WIDTH * WIDTH;
 }
 
 static int64_t tile_bytes(const Weight *w) {
@@ -49,12 +52,13 @@ static int64_t tile_bytes(const Weight *w) {
 /* ------------------------------------------------------------------------------------------------------ laying out */
 
 static void pack_head(const Weight *w, int64_t n, int64_t block, uint8_t *to) {
-    float *scales = (float *)to;
-    uint8_t *zeros = to + weight_units(w) * TILE * 4;
+    uint8_t *zeros = to + scale_bytes(w);
     memset(to, 0, head_bytes(w));
     for (int64_t u = 0; u < weight_units(w) && block + u < w->blocks; u++)
         for (int64_t i = 0; i < TILE && n + i < w->rows; i++) {
-            scales[u * TILE + i] = w->scales[(n + i) * w->blocks + block + u];
+            const float scale = w->scales[(n + i) * w->blocks + block + u];
+            if (w->half) exact_half(scale, (uint16_t *)to + u * TILE + i);
+            else ((float *)to)[u * TILE + i] = scale;
             if (w->zeros != NULL) zeros[u * TILE + i] = weight_zero(w, n + i, block + u);
         }
 }
@@ -101,6 +105,13 @@ typedef struct {
     const uint8_t *zeros;  /* [units, TILE], or NULL */
     const uint8_t *codes;  /* as they lie in memory, or as `unpack` leaves them */
 } Chunk;
+
+/* Of one block. Scales are copied out of the tile at once: read as they are wanted, behind their block's codes, they made
+ * of one stream of memory two, which the hardware's prefetcher did not follow (1.5 times the time at blocks of 32). */
+typedef struct {
+    float scales[MOST_UNITS * TILE]; /* [units, TILE] */
+    const uint8_t *zeros;            /* [units, TILE], or NULL */
+} Factors;
 
 /* Codes of a chunk are packed as they lie in memory, in so many bits; or bytes as `unpack` leaves them. */
 enum { UNPACKED = 0 };
@@ -181,25 +192,28 @@ INLINE void multiply_chunk(const Chunk *c, int count, int bits, int units, int p
     }
 }
 
-/* The chunk of rows from m on, by what stands at `head` and at `codes`. */
-INLINE Chunk chunk_at(const Weight *w, const Activations *x, int64_t chunk, int64_t m, int units, const uint8_t *head,
+/* The chunk of rows from m on, by a block's factors and what stands at `codes`. */
+INLINE Chunk chunk_at(const Weight *w, const Activations *x, int64_t chunk, int64_t m, int units, const Factors *factors,
                       const uint8_t *codes) {
     const int64_t row = chunk * x->rows + m;
     return (Chunk){x->codes + row * CHUNK,
                    x->sums + row * units,
                    x->scales + m * x->padded + chunk * CHUNK / w->block,
                    x->padded,
-                   (const float *)head,
-                   w->zeros == NULL ? NULL : head + units * TILE * 4,
+                   factors->scales,
+                   factors->zeros,
                    codes};
 }
 
-/* Where a block's factors are; `at` moves on to its codes. */
-INLINE const uint8_t *next_head(const Weight *w, const uint8_t **at) {
+/* A block's factors; `at` moves on to its codes. */
+INLINE void next_head(const Weight *w, const uint8_t **at, Factors *factors) {
     const uint8_t *head = *at;
     *at += head_bytes(w);
     fetch_ahead(head, head_bytes(w));
-    return head;
+    factors->zeros = w->zeros == NULL ? NULL : head + scale_bytes(w);
+    for (int i = 0; i < weight_units(w) * TILE; i += LANES)
+        store_floats(factors->scales + i,
+                     w->half ? load_halves((const uint16_t *)head + i) : load_floats((const float *)head + i));
 }
 
 /* Outputs from n on of a row: `sums` and the bias. */
@@ -212,7 +226,8 @@ INLINE void store_outputs(const Weight *w, const float *sums, int64_t n, int64_t
 INLINE void few_rows(const Weight *w, const Activations *x, float *y, int64_t first, int64_t last, int bits, int units,
                      int count) {
     for (int64_t n = first; n < last; n += TILE) {
-        const uint8_t *p = w->packed + n / TILE * tile_bytes(w), *head = p;
+        const uint8_t *p = w->packed + n / TILE * tile_bytes(w);
+        Factors factors;
         Floats sums[TILE_ROWS][TILE_REGISTERS];
         UNROLL for (int i = 0; i < count; i++) {
             UNROLL for (int t = 0; t < TILE_REGISTERS; t++)
@@ -220,8 +235,8 @@ INLINE void few_rows(const Weight *w, const Activations *x, float *y, int64_t fi
         }
         int64_t left = 0;
         for (int64_t chunk = 0; chunk < x->chunks; chunk++, left--, p += chunk_bytes(w)) {
-            if (left == 0) head = next_head(w, &p), left = chunks_of_block(w);
-            const Chunk c = chunk_at(w, x, chunk, 0, units, head, p);
+            if (left == 0) next_head(w, &p, &factors), left = chunks_of_block(w);
+            const Chunk c = chunk_at(w, x, chunk, 0, units, &factors, p);
             multiply_chunk(&c, count, bits, units, bits, 1, sums);
         }
         UNROLL for (int i = 0; i < count; i++) {
@@ -265,16 +280,17 @@ INLINE void fill_tile(const Weight *w, const Activations *x, float *y, int64_t s
                       int64_t last, int bits, int units) {
     float sums[MOST_ROWS * TILE] __attribute__((aligned(64)));
     uint8_t codes[CHUNK * TILE] __attribute__((aligned(64)));
-    const uint8_t *p = w->packed + n / TILE * tile_bytes(w), *head = p;
+    const uint8_t *p = w->packed + n / TILE * tile_bytes(w);
+    Factors factors;
     int64_t left = 0;
     memset(sums, 0, (stop - start) * TILE * sizeof(float));
     for (int64_t chunk = 0; chunk < x->chunks; chunk++, left--, p += chunk_bytes(w)) {
-        if (left == 0) head = next_head(w, &p), left = chunks_of_block(w);
+        if (left == 0) next_head(w, &p, &factors), left = chunks_of_block(w);
         if (MANY_UNPACKED) unpack(p, bits, codes);
         float *to = sums;
         int64_t m = start;
         for (int count = TILE_ROWS; m < stop; m += count, to += count * TILE) {
-            const Chunk c = chunk_at(w, x, chunk, m, units, head, MANY_UNPACKED ? codes : p);
+            const Chunk c = chunk_at(w, x, chunk, m, units, &factors, MANY_UNPACKED ? codes : p);
             if (m + TILE_ROWS <= stop) {
                 add_chunk(&c, TILE_ROWS, bits, units, m == start, to);
             } else if (TILE_ROWS > 4 && m + 4 <= stop) {

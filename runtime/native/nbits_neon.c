@@ -65,6 +65,7 @@ INLINE Bytes whole_codes(Bytes bytes) { return veorq_s8(bytes, vdupq_n_s8(-128))
 
 INLINE Floats splat(float value) { return vdupq_n_f32(value); }
 INLINE Floats load_floats(const float *from) { return vld1q_f32(from); }
+INLINE Floats load_halves(const uint16_t *from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
 INLINE void store_floats(float *to, Floats values) { vst1q_f32(to, values); }
 INLINE Floats to_floats(Ints values) { return vcvtq_f32_s32(values); }
 INLINE float sum_of_lanes(Floats values) { return vaddvq_f32(values); }

@@ -31,7 +31,8 @@ static int64_t tiles_of(const Kernels *kernels, const Weight *w) {
 static int has_format(const Packed *packed, const Kernels *kernels, const Weight *w) {
     const Weight *other = &packed->weight;
     return packed->kernels == kernels && other->rows == w->rows && other->columns == w->columns &&
-           other->bits == w->bits && other->block == w->block && (other->zeros == NULL) == (w->zeros == NULL);
+           other->bits == w->bits && other->block == w->block && other->half == w->half &&
+           (other->zeros == NULL) == (w->zeros == NULL);
 }
 
 /* From the second tile on. */
@@ -76,7 +77,15 @@ static Packed *make(const Kernels *kernels, const Weight *w) {
     return all = packed;
 }
 
-const uint8_t *pack_weight(const Kernels *kernels, const Weight *w) {
+static int has_half_scales(const Weight *w) {
+    uint16_t half;
+    for (int64_t i = 0; i < w->rows * w->blocks; i++)
+        if (!exact_half(w->scales[i], &half)) return 0;
+    return 1;
+}
+
+void pack_weight(const Kernels *kernels, Weight *w) {
+    w->half = has_half_scales(w);
     pthread_mutex_lock(&lock);
     Packed *packed = find(kernels, w);
     if (packed == NULL) packed = make(kernels, w);
@@ -85,7 +94,7 @@ const uint8_t *pack_weight(const Kernels *kernels, const Weight *w) {
     release_file_pages(w->scales, w->rows * w->blocks * (int64_t)sizeof(float));
     if (w->zeros != NULL) release_file_pages(w->zeros, w->rows * weight_zero_bytes(w));
     pthread_mutex_unlock(&lock);
-    return packed == NULL ? NULL : packed->memory;
+    w->packed = packed == NULL ? NULL : packed->memory;
 }
 
 void release_weight(const uint8_t *memory) {
