@@ -148,10 +148,8 @@ def test_scales_of_16_bits(kernel: str, bits: int, block: int, extras: bool) -> 
     """Kept so where that is exact; the products are those of the same scales in 32 bits, bit for bit."""
     for shape in SHAPES:
         w = random_weights(bits, block, *shape, zeros=extras, bias=extras, scales=half_scales)
-        more = {
-            name: None if part is None else np.concatenate([part, part[:1]])
-            for name, part in (("codes", w.codes), ("scales", w.scales), ("zeros", w.zeros), ("bias", w.bias))
-        }
+        zeros, bias = (None if part is None else np.concatenate([part, part[:1]]) for part in (w.zeros, w.bias))
+        codes, scales = (np.concatenate([part, part[:1]]) for part in (w.codes, w.scales))
         for rows in ROWS:
             x = activations(rows, w.columns)
             found = try_to_multiply(kernel, w, x, half=True)
@@ -160,9 +158,9 @@ def test_scales_of_16_bits(kernel: str, bits: int, block: int, extras: bool) -> 
             expected, off = product(w, x)
             assert (np.abs(found - expected) <= off).all(), (shape, rows)
             for inexact in (1 / 3, 65520, 2.0**-15, np.inf, np.nan):  # of 11 bits, too large, too small, no numbers
-                scales = more["scales"].copy()
                 scales[-1, -1] = inexact
-                wide = try_to_multiply(kernel, Weights(bits, w.columns, **{**more, "scales": scales}), x, half=False)
+                more = Weights(bits, w.columns, codes, scales, zeros, bias)
+                wide = try_to_multiply(kernel, more, x, half=False)
                 assert wide is not None
                 np.testing.assert_array_equal(wide[:, : shape[0]], found, str((shape, rows, inexact)))
 

@@ -120,7 +120,7 @@ INLINE void fetch_outputs(const float *y, int64_t stride) {
 }
 
 /* `count` rows from m on by one piece of a tile of weights; behind the last piece they are stored, while their outputs
-   and their sums are in the first-level cache. */
+ * and their sums are in the first-level cache. */
 INLINE void multiply_rows(const Int8Weight *w, const Int8Rows *x, float *y, int64_t m, int count, int64_t n,
                           int64_t width, int64_t column, int32_t *sums) {
     const int64_t columns = padded_columns(w), left = columns - column, steps = (left < DEPTH ? left : DEPTH) / 4;
