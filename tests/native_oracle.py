@@ -136,9 +136,16 @@ def as_it_is(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def multiply(name: str, w: Weights, x: np.ndarray, place: Callable[[np.ndarray], np.ndarray] = as_it_is) -> np.ndarray:
-    """float32 [M, N] by the kernels `name`; skips the test where this processor has not their instructions."""
-    found = try_to_multiply(name, w, x, place)
+def multiply(
+    name: str,
+    w: Weights,
+    x: np.ndarray,
+    place: Callable[[np.ndarray], np.ndarray] = as_it_is,
+    half: bool | None = None,
+) -> np.ndarray:
+    """float32 [M, N] by the kernels `name`; skips the test where this processor has not their instructions. The other
+    arguments are `try_to_multiply`'s."""
+    found = try_to_multiply(name, w, x, place, half)
     if found is None:
         pytest.skip(f"this processor has no {name}, or the library was built for another kind of processor")
     return found
