@@ -68,7 +68,7 @@ peers: $(VENV)/.ready $(PEER_NAMES:%=.venv-peers/%/.ready)
 	$(@D)/bin/pip $(PIP) --no-deps -e .
 	touch $@
 
-# Instructions of every stage of the demo, counted by valgrind, against the stored baseline: flags over 10 % more.
+# Instructions of every stage of the demo, counted by valgrind, against the stored baseline: flags changes over 10 %.
 bench-check: $(VENV)/.ready
 	$(BIN)/python -m edgevl.benchmarks.check $(if $(UPDATE),--update)
 

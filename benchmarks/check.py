@@ -1,10 +1,12 @@
-"""Has a change made the runtime do more work? Instructions of every stage on the demo model, against a stored baseline.
+"""Does the runtime do more work than before, or less? Instructions of every stage on the demo model, by a baseline.
 
     python -m edgevl.benchmarks.check [--update] [--checkpoint demo/model]     (make bench-check)
 
 One thread, in valgrind (see instructions.py): the counts of two runs of the same code differ by far less than the 10 %
 that is flagged, on any machine. What they cannot see is a kernel that takes longer for as many instructions, and what
 AVX-512 or AMX would do; those are measured in seconds, by `edgevl bench`. A baseline holds for one set of versions.
+Fewer instructions are flagged as well: a stage may have stopped doing its work, and a baseline that is no longer met
+would let as much be added unseen.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import click
 from tabulate import tabulate
@@ -30,9 +32,10 @@ from edgevl.benchmarks.stages import Job, Runner, StageClock
 from edgevl.benchmarks.workloads import Workload
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.engine import usable_cores
-from edgevl.runtime.output_file import write_output
+from edgevl.runtime.errors import InputError
+from edgevl.runtime.output_file import check_output_file, write_output
 
-__all__ = ["PRECISIONS", "compare", "main", "measure", "setting"]
+__all__ = ["PRECISIONS", "compare", "main", "measure", "read_baselines", "setting"]
 
 BASELINE = Path(__file__).with_name("baseline.json")
 LIMIT = 0.10
@@ -97,10 +100,40 @@ def measure(job: Job) -> dict[str, int]:
     return {"open": counts[0], **answer}
 
 
-def compare(found: dict[str, int], baseline: dict[str, int], limit: float = LIMIT) -> list[tuple[str, float, bool]]:
-    """(stage, change as a fraction, whether it is more than the limit allows) of every stage of the baseline."""
-    changes = ((stage, found[stage] / before - 1) for stage, before in baseline.items())
-    return [(stage, change, change > limit) for stage, change in changes]
+def compare(
+    found: dict[str, int], baseline: dict[str, int], limit: float = LIMIT
+) -> list[tuple[str, float, Literal["MORE", "FEWER", "ok"]]]:
+    """(stage, change as a fraction, whether that is more than the limit allows) of every stage of the baseline."""
+
+    def verdict(now: int, before: int) -> Literal["MORE", "FEWER", "ok"]:
+        if abs(now - before) <= limit * before:
+            return "ok"
+        return "MORE" if now > before else "FEWER"
+
+    return [(stage, found[stage] / n - 1, verdict(found[stage], n)) for stage, n in baseline.items()]
+
+
+def read_baselines(file: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Instructions by setting, precision and stage; none where there is no file.
+
+    Raises:
+        InputError: it cannot be read, or is no file of baselines.
+    """
+    if not file.exists():
+        return {}
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        counts = [n for precisions in stored.values() for stages in precisions.values() for n in stages.values()]
+        if not all(type(n) is int and n > 0 for n in counts):
+            raise ValueError("a count that is no positive whole number")
+    except OSError as e:
+        raise InputError(f"{file}: cannot be read ({e.strerror}); expected a file of baselines") from None
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise InputError(
+            f"{file}: not a file of baselines ({e}); take it from git again, or remove it and, "
+            "on the commit to compare with: make bench-check UPDATE=1"
+        ) from None
+    return stored
 
 
 def setting() -> str:
@@ -120,12 +153,18 @@ def setting() -> str:
 @click.option("--update", is_flag=True, help="Store what is counted as the baseline of these versions.")
 @click.option("--worker", hidden=True, help="A job: answer with marks, in valgrind.")
 def main(checkpoint: str, precisions: tuple[str, ...], size: int, path: str, update: bool, worker: str | None) -> None:
-    """Compare with the baseline; status 1 when a stage takes over 10 % more instructions, 2 when there is none."""
+    """Compare with the baseline; status 1 when a stage takes over 10 % more or fewer instructions, 2 when there is no
+    baseline to compare with."""
     if worker:
         click.echo(json.dumps(answer_marked(Job.from_json(worker))))
         return
     file, here = Path(path), f"{setting()}, {size}×{size}"
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    try:
+        stored = read_baselines(file)
+        if update:
+            check_output_file(file, "the file of baselines")
+    except InputError as e:
+        _fail(str(e))
     missing = [p for p in precisions if p not in stored.get(here, {})]
     if missing and not update:
         _fail(
@@ -135,17 +174,29 @@ def main(checkpoint: str, precisions: tuple[str, ...], size: int, path: str, upd
     found = _measure_all(checkpoint, precisions, replace(_WORK, width=size, height=size))
     if update:
         stored[here] = {**stored.get(here, {}), **found}
-        write_output(file, json.dumps(stored, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        try:
+            write_output(file, json.dumps(stored, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        except InputError as e:
+            _fail(str(e))
         click.echo(f"baseline of {here} written to {file}")
         return
-    rows, more = [], False
+    sys.exit(_report(found, stored[here]))
+
+
+def _report(found: dict[str, dict[str, int]], baseline: dict[str, dict[str, int]]) -> int:
+    """Print the comparison; returns the exit status."""
+    if gone := [f"{p} {s}" for p in found for s in baseline[p] if s not in found[p]]:
+        _fail(f"the baseline has stages that were not counted: {', '.join(gone)}; make it anew with UPDATE=1")
+    rows, said = [], set[str]()
     for precision, counts in found.items():
-        for stage, change, bad in compare(counts, stored[here][precision]):
-            rows.append((precision, stage, f"{counts[stage] / 1e6:,.2f}", f"{change:+.1%}", "MORE" if bad else "ok"))
-            more |= bad
+        for stage, change, verdict in compare(counts, baseline[precision]):
+            rows.append((precision, stage, f"{counts[stage] / 1e6:,.2f}", f"{change:+.1%}", verdict))
+            said.add(verdict)
     headers = ("bundle", "stage", "million instructions", "change", "")
     click.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
-    sys.exit(1 if more else 0)
+    if "FEWER" in said:
+        click.echo("fewer: renew the baseline with `make bench-check UPDATE=1` if this is meant", err=True)
+    return 1 if said - {"ok"} else 0
 
 
 def _measure_all(checkpoint: str, precisions: Sequence[str], work: Workload) -> dict[str, dict[str, int]]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import click
 import pytest
 from click.testing import CliRunner
 from conftest import Pair
@@ -15,9 +14,11 @@ from PIL import Image
 
 from edgevl.benchmarks.peers import run, worker
 from edgevl.benchmarks.peers.contract import Answer, Measured, Request, Unsupported
+from edgevl.benchmarks.peers.results import read_rows
 from edgevl.benchmarks.peers.table import Row, ratios, spread, tables
 from edgevl.benchmarks.turns import environment, in_turn
 from edgevl.benchmarks.workloads import Workload
+from edgevl.runtime.errors import InputError
 
 HEAD = {
     "date": "2026-01-01", "processor": "P", "flags": ["f"], "threads": 2, "checkpoint": "c", "repeats": 2,
@@ -58,8 +59,11 @@ def test_bundle_beside_transformers_goes_on_where_it_stopped(tiny: Pair, tmp_pat
 def test_a_line_that_was_cut_off_is_told(tmp_path: Path) -> None:
     whole = json.dumps({"workload": "w", "round": 0, "measured": {"contender": "a"}})
     (tmp_path / "r.jsonl").write_text(f"{whole}\n{whole[:20]}")
-    with pytest.raises(click.UsageError, match=r"r.jsonl: line 2 is no result \(cut off\?\); remove it to go on"):
-        run._known(tmp_path / "r.jsonl")
+    with pytest.raises(InputError, match=r"r.jsonl: line 2 is no result \(cut off\?\); remove it to go on"):
+        read_rows(tmp_path / "r.jsonl")
+    (tmp_path / "r.jsonl").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"r.jsonl: cannot be read"):
+        read_rows(tmp_path / "r.jsonl")
 
 
 def test_every_round_begins_with_another() -> None:
@@ -144,7 +148,10 @@ def test_the_table_says_what_is_not_equal() -> None:
 def test_a_process_that_dies_is_a_row_with_its_reason(tmp_path: Path) -> None:
     (entrant,) = run.entrants("none", [tmp_path / "absent"], tmp_path, tmp_path)
     measured = run._measure(entrant, {"threads": 1, "cores": [], "work": {"name": "w"}, "text": "a", "repeats": 1})
-    assert "ended with status 1" in measured.unsupported and "no such folder" in measured.unsupported
+    assert measured.unsupported == (
+        f"the measurement ended with status 1: {tmp_path / 'absent'}: no such folder; expected a bundle written by "
+        "`edgevl export`"
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +168,7 @@ def test_bad_input(tiny: Pair, tmp_path: Path, options: tuple[str, ...], message
     folders = ("--models", tmp_path / "m", "--results", tmp_path / "r", "--environments", tmp_path / "absent")
     status, output = cli(tiny.checkpoint, tiny.bundle, *folders, *options)
     assert status == 2 and message in output and "Traceback" not in output
-    assert not (tmp_path / "r" / "run.json").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_bundle(tiny: Pair, tmp_path: Path) -> None:

@@ -13,12 +13,26 @@ and imports nothing but the standard library, numpy, Pillow and what REQUIREMENT
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Answer", "Contender", "Measured", "PeerModule", "Request", "Unsupported", "chat_prompt", "placeholders"]
+__all__ = [
+    "Answer",
+    "Contender",
+    "Measured",
+    "PeerModule",
+    "Request",
+    "Unsupported",
+    "chat_prompt",
+    "ending",
+    "placeholders",
+    "run_tool",
+]
 
 
 class Unsupported(Exception):
@@ -32,6 +46,32 @@ class Request:
     pictures: tuple[bytes, ...]
     text: str
     system: str = "a"
+
+
+def ending(status: int, *written: str) -> str:
+    """How a process that failed has ended: its status, and the last line of the first text that has one, which is where
+    an error's message stands."""
+    said = next((lines[-1].strip() for text in written if (lines := text.strip().splitlines())), "")
+    how = f"status {status}" if status >= 0 else signal.Signals(-status).name
+    if status == -signal.SIGKILL:
+        how += " (out of memory?)"
+    return f"ended with {how}" + (f": {said[:600]}" if said else "")
+
+
+def run_tool(
+    what: str, command: Sequence[str], cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> None:
+    """A step of a conversion in a process of its own; what it writes goes to stderr when it has ended.
+
+    Raises:
+        RuntimeError: it failed; `what`, and the last line of its errors, or where there are none of its output.
+    """
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, errors="replace", check=False
+    )
+    sys.stderr.write(done.stdout + done.stderr)
+    if done.returncode:
+        raise RuntimeError(f"{what} {ending(done.returncode, done.stderr, done.stdout)}")
 
 
 def chat_prompt(request: Request, pictures: str) -> str:

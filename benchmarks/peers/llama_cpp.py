@@ -11,7 +11,6 @@ import importlib
 import io
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported, chat_prompt
+from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported, chat_prompt, run_tool
 
 __all__ = ["REQUIREMENTS", "VARIANTS", "open_model", "prepare"]
 
@@ -79,9 +78,9 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
         source, whole = _source(Path(scratch)), Path(scratch) / "f16.gguf"
         command = [sys.executable, "-c", CONVERTER, str(source), str(checkpoint), "--outfile"]
         offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        subprocess.run([*command, str(whole), "--outtype", "f16"], check=True, env=offline)
+        run_tool("convert_hf_to_gguf", [*command, str(whole), "--outtype", "f16"], environment=offline)
         picture = [str(partial / "vision.gguf"), "--mmproj", "--outtype", vision]
-        subprocess.run([*command, *picture], check=True, env=offline)
+        run_tool("convert_hf_to_gguf --mmproj", [*command, *picture], environment=offline)
         _quantize(whole, partial / "decoder.gguf", decoder)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
@@ -90,7 +89,7 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
 def _source(scratch: Path) -> Path:
     """llama.cpp as the source distribution vendors it: the converter that goes with the library."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*command, "--no-binary", ":all:", "--dest", str(scratch), PACKAGE], check=True)
+    run_tool("pip download", [*command, "--no-binary", ":all:", "--dest", str(scratch), PACKAGE])
     shutil.unpack_archive(next(scratch.glob("*.tar.gz")), scratch)
     return next(scratch.glob("*/vendor/llama.cpp"))
 

@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported, chat_prompt
+from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported, chat_prompt, run_tool
 from edgevl.runtime.image_processing import smart_resize
 
 __all__ = ["REQUIREMENTS", "VARIANTS", "open_model", "prepare"]
@@ -59,7 +58,7 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
     partial.mkdir(parents=True)
     paths = ["--path", str(checkpoint.resolve()), "--dst_path", str(partial.resolve())]
     command = [sys.executable, "-c", EXPORTER, str(Path(package.origin).parent), *paths, "--export", "mnn"]
-    subprocess.run(command, check=True, cwd=partial, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    run_tool("llmexport", command, partial, {**os.environ, "HF_HUB_OFFLINE": "1"})
     if not (partial / "config.json").exists():  # it reports a failed step and exits with status 1, or goes on
         raise RuntimeError("llmexport wrote no config.json")
     for left in (*partial.glob("*.mnn.json"), partial / ".export.log"):

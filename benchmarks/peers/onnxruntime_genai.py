@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported, chat_prompt, placeholders
+from edgevl.benchmarks.peers.contract import Answer, Request, Unsupported, chat_prompt, placeholders, run_tool
 from edgevl.runtime.image_processing import smart_resize
 
 __all__ = ["NO_VISION", "REQUIREMENTS", "VARIANTS", "open_model", "picture_tokens", "prepare", "prompt", "text_config"]
@@ -70,7 +69,7 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
         (decoder / "config.json").write_text(json.dumps(text_config(config)), encoding="utf-8")
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", name, "-o", str(partial)]
         options = ["-p", "int4", "-e", "cpu", "-c", str(decoder / "cache"), "--extra_options", *BUILD]
-        subprocess.run([*builder, *options], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        run_tool("the model builder", [*builder, *options], environment={**os.environ, "HF_HUB_OFFLINE": "1"})
     shutil.copy(checkpoint / PREPROCESSOR, partial)
     partial.rename(folder)
 

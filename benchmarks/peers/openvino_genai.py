@@ -12,7 +12,6 @@ import importlib
 import io
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgevl.benchmarks.peers.contract import Answer, Request, chat_prompt
+from edgevl.benchmarks.peers.contract import Answer, Request, chat_prompt, run_tool
 
 __all__ = ["REQUIREMENTS", "VARIANTS", "open_model", "prepare", "prompt"]
 
@@ -73,7 +72,7 @@ def prepare(checkpoint: Path, folder: Path, variant: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     options = ["-m", str(checkpoint), "--task", "image-text-to-text", "--weight-format", variant, str(partial)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", _EXPORT, "export", "openvino", *options], check=True, env=environment)
+    run_tool("optimum-cli", [sys.executable, "-c", _EXPORT, "export", "openvino", *options], environment=environment)
     partial.rename(folder)
 
 

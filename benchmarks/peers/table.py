@@ -1,19 +1,17 @@
-"""Tables and the plot of a run beside the peers."""
+"""Tables of a run beside the peers."""
 
 from __future__ import annotations
 
-import importlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from edgevl.benchmarks.peers.contract import Measured
 
-__all__ = ["Row", "plot", "ratios", "spread", "tables"]
+__all__ = ["METRICS", "Row", "asked", "pooled", "ratios", "spread", "tables"]
 
 # field of Measured: header, and whether more is better
 METRICS = {
@@ -25,7 +23,6 @@ METRICS = {
     "peak_mb": ("peak MB", False),
 }
 _TOKENS = 0.03  # prompts whose lengths differ by more are told of
-_OURS, _THEIRS = "#1b4f72", "#b9b3a7"
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,8 @@ def _values(measured: Measured, metric: str) -> list[float]:
     return ([found] if found else []) if metric == "peak_mb" else list(found)
 
 
-def _pooled(rows: Sequence[Row], workload: str, contender: str, metric: str) -> list[float]:
+def pooled(rows: Sequence[Row], workload: str, contender: str, metric: str) -> list[float]:
+    """What all rounds measured of a metric."""
     chosen = [r.measured for r in rows if (r.workload, r.measured.contender) == (workload, contender)]
     return [v for m in chosen if not m.unsupported for v in _values(m, metric)]
 
@@ -73,7 +71,9 @@ def tables(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str])
     """Markdown: for every workload the figures, the ratios to the first contender, and what could not be done."""
     parts = [_head(rows, head, contenders)]
     for name, description in head["workloads"].items():
-        there = _asked(rows, name, contenders)
+        there = asked(rows, name, contenders)
+        if not there:  # of a run that was stopped before it came to this one
+            continue
         rounds = len({r.round for r in rows if r.workload == name})
         title = f"### {name}: {description}; {rounds} rounds of {head['repeats']} requests"
         parts += [title, _figures(rows, name, there), _ratios(rows, name, there)]
@@ -81,7 +81,8 @@ def tables(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str])
     return "\n\n".join(p for p in parts if p)
 
 
-def _asked(rows: Sequence[Row], workload: str, contenders: Sequence[str]) -> list[str]:
+def asked(rows: Sequence[Row], workload: str, contenders: Sequence[str]) -> list[str]:
+    """Those of the contenders that were to answer the workload, whether they could or not."""
     there = {r.measured.contender for r in rows if r.workload == workload}
     return [c for c in contenders if c in there]
 
@@ -105,7 +106,7 @@ def _table(rows: list[list[str]], headers: list[str]) -> str:
 
 def _figures(rows: Sequence[Row], workload: str, contenders: Sequence[str]) -> str:
     headers = ["", *(title for title, _ in METRICS.values())]
-    return _table([[c, *(spread(_pooled(rows, workload, c, m)) for m in METRICS)] for c in contenders], headers)
+    return _table([[c, *(spread(pooled(rows, workload, c, m)) for m in METRICS)] for c in contenders], headers)
 
 
 def _ratios(rows: Sequence[Row], workload: str, contenders: Sequence[str]) -> str:
@@ -117,58 +118,13 @@ def _ratios(rows: Sequence[Row], workload: str, contenders: Sequence[str]) -> st
 def _remarks(rows: Sequence[Row], workload: str, contenders: Sequence[str]) -> list[str]:
     """Who could not, and whose prompts were longer or shorter than ours."""
     said = []
-    reference = _pooled(rows, workload, contenders[0], "prompt_tokens")
+    reference = pooled(rows, workload, contenders[0], "prompt_tokens")
     for c in contenders:
         reasons = {r.measured.unsupported for r in rows if (r.workload, r.measured.contender) == (workload, c)} - {""}
         said += [f"{c}: {reason}" for reason in sorted(reasons)]
-        tokens = _pooled(rows, workload, c, "prompt_tokens")
+        tokens = pooled(rows, workload, c, "prompt_tokens")
         if tokens and reference:
             mine, theirs = statistics.median(reference), statistics.median(tokens)
             if abs(theirs / mine - 1) > _TOKENS:
                 said.append(f"{c}: its prompts had {theirs:.0f} tokens, ours {mine:.0f}")
     return ["\n".join(f"- {line}" for line in said)] if said else []
-
-
-def plot(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str], path: Path) -> None:
-    """Bars of medians with whiskers from least to most: a line of panels per workload, ours darker.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    pyplot = importlib.import_module("matplotlib.figure")
-    shown = ("ttft_s", "decode_tokens_per_s", "total_tokens_per_s", "peak_mb")
-    works = list(head["workloads"])
-    heights = [1.1 + 0.24 * len(_asked(rows, w, contenders)) for w in works]
-    figure = pyplot.Figure(figsize=(15, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(works), len(shown), squeeze=False, height_ratios=heights)
-    for line, work in zip(axes, works):
-        for axis, metric in zip(line, shown):
-            _bars(axis, {c: _pooled(rows, work, c, metric) for c in _asked(rows, work, contenders)})
-            title, more = METRICS[metric]
-            axis.set_title(f"{work}: {title} ({'more' if more else 'less'} is better)", fontsize=9)
-            if axis is not line[0]:
-                axis.set_yticklabels([])
-    caption = f"Qwen2-VL, {head['checkpoint']}; {head['processor']}, {head['threads']} threads, {head['date']}"
-    figure.suptitle(caption, fontsize=10)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(path)
-
-
-def _bars(axis: Any, values: dict[str, list[float]]) -> None:
-    names = list(values)
-    middles = [statistics.median(v) if v else 0.0 for v in values.values()]
-    low = [m - min(v) if v else 0.0 for m, v in zip(middles, values.values())]
-    high = [max(v) - m if v else 0.0 for m, v in zip(middles, values.values())]
-    colours = [_OURS if n.startswith("edgevl ") else _THEIRS for n in names]
-    axis.barh(range(len(names)), middles, xerr=[low, high], color=colours, ecolor="#555555", capsize=2)
-    for i, (name, middle) in enumerate(zip(names, middles)):
-        digits = 0 if middle >= 100 else 1 if middle >= 1 else 2
-        text = f" {middle:.{digits}f}" if values[name] else " –"
-        axis.text(middle + high[i], i, text, va="center", fontsize=7)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.invert_yaxis()
-    axis.margins(x=0.15)
-    axis.tick_params(axis="x", labelsize=7)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)

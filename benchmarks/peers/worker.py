@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -20,6 +21,7 @@ from typing import cast
 from edgevl.benchmarks.peers.contract import Answer, Contender, Measured, PeerModule, Request, Unsupported
 from edgevl.benchmarks.workloads import Workload
 from edgevl.runtime.doctor import peak_rss_bytes
+from edgevl.runtime.errors import EdgeVLError
 
 __all__ = ["main", "measure", "peer"]
 
@@ -57,7 +59,14 @@ def _add(into: Measured, answers: list[Answer]) -> None:
 def measure(
     name: str, opened: Contender, open_s: float, work: Workload, text: str, repeats: int, warm_up: int = 1
 ) -> Measured:
-    """`warm_up` round trips that do not count, and `repeats` that do, each with new pictures."""
+    """`warm_up` round trips that do not count, and `repeats` that do, each with new pictures.
+
+    Raises:
+        Unsupported: a workload with a video, which no peer is handed.
+        RuntimeError: an answer of fewer or more tokens.
+    """
+    if work.frames:
+        raise Unsupported(f"workload {work.name!r} has a video of {work.frames} frames; videos are not measured here")
     result = Measured(name, dict(opened.versions), open_s)
     try:
         for number in range(warm_up + repeats):
@@ -74,7 +83,16 @@ def measure(
 
 
 def main(arguments: list[str]) -> None:
-    name, variant, verb, *paths = arguments
+    """Whatever goes wrong, the last line on stderr is the message."""
+    try:
+        _work(*arguments)
+    except Exception as e:
+        traceback.print_exc()
+        message = " ".join(str(e).split())
+        sys.exit(message if isinstance(e, (Unsupported, EdgeVLError)) else f"{type(e).__name__}: {message}")
+
+
+def _work(name: str, variant: str, verb: str, *paths: str) -> None:
     module = peer(name)
     if verb == "prepare":
         module.prepare(Path(paths[0]), Path(paths[1]), variant)
