@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
-import subprocess
-import sys
-import time
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
+from click.core import ParameterSource
 
-from edgevl.benchmarks.open_loop import Arrival, load
-from edgevl.benchmarks.report import SCHEMA, check_libraries, html_page, percentiles, print_table, write_lines
-from edgevl.benchmarks.roofline import Ceilings, decode_bytes, measure_ceilings, prefill_work, vision_work
-from edgevl.benchmarks.stages import STAGES, Job
+from edgevl.benchmarks.bundle_names import bundle_labels, find_bundle
+from edgevl.benchmarks.cases import case_of
+from edgevl.benchmarks.processes import Ending
+from edgevl.benchmarks.report import SCHEMA, check_libraries, html_page, print_table, write_lines
+from edgevl.benchmarks.request_size import check_fits
+from edgevl.benchmarks.roofline import measure_ceilings
+from edgevl.benchmarks.rounds import measure_all
+from edgevl.benchmarks.stages import Job
 from edgevl.benchmarks.system_info import system_info
-from edgevl.benchmarks.turns import environment, in_turn
 from edgevl.benchmarks.workloads import WORKLOADS, Workload, workload
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.commands import note
@@ -29,6 +30,9 @@ from edgevl.runtime.errors import EdgeVLError, InputError
 from edgevl.runtime.output_file import check_output_file, write_output
 
 __all__ = ["bench"]
+
+# What --operators, which traces one request of each case and measures nothing, cannot heed.
+_NOT_TRACED = ("json_path", "report", "profile", "rounds", "requests", "minutes", "seed", "kind", "fidelity")
 
 
 @click.command()
@@ -77,83 +81,118 @@ def bench(bundles: tuple[str, ...], names: tuple[str, ...], **options: Any) -> N
     """Measure BUNDLEs: stages, p50 / p95 / p99, cold start, memory, energy, share of what the machine could do.
 
     Every case runs in processes of its own, in turn with the others, so that what else the machine does hits all alike.
+    One that fails is told of, with status 2, and does not take what else was measured along.
 
     \b
     Example:
       edgevl bench bundle --workload picture --workload document --report bench.html
       edgevl bench bundle --arrivals 0.5 --arrivals 2 --concurrency 4 --report load.html
     """
+    with Ending():
+        _bench(bundles, names, options)
+
+
+def _bench(bundles: tuple[str, ...], names: tuple[str, ...], options: dict[str, Any]) -> None:
     check_libraries(page=options["report"] is not None)
-    _check_arrivals(options)
+    _check_options(options)
     works = [
         _workload(name, rate, options) for name in names or ("picture",) for rate in options["arrivals"] or (None,)
     ]
+    labels = bundle_labels(bundles)
     opened = [Bundle.open(bundle) for bundle in bundles]
-    if options["engine"] not in (*ENGINES, "auto"):
-        raise InputError(f"engine {options['engine']!r} is unknown; expected auto, {', '.join(ENGINES)}")
-    for key, what in (("json_path", "a file of JSON lines"), ("report", "an HTML file")):
-        if options[key] is not None:
-            check_output_file(options[key], what)
-    divergences = _divergences(options["fidelity"], bundles)
+    divergences = _divergences(options["fidelity"], bundles, labels)
+    for bundle, label in zip(opened, labels):
+        for work in works:
+            check_fits(bundle, work, label)
     threads = options["threads"] or usable_cores()
     if options["operators"]:
-        _print_operators(bundles, works, options["engine"], threads)
+        _print_operators(bundles, labels, works, options["engine"], threads)
         return
-    engines = [_engine(bundle, options["engine"]) for bundle in opened]
+    engines = [_engine(bundle, label, options["engine"]) for bundle, label in zip(opened, labels)]
+    system = system_info(threads)  # the load is that before all that is measured here
     if options["profile"]:
         for bundle, engine in zip(bundles, engines):
             _keep_profile(bundle, engine, threads)
     note("measuring the machine's ceilings")
     ceilings = measure_ceilings(threads)
-    system = system_info(threads)
+    if ceilings.kind != "int8":
+        note(f"shares of vision and prefill are of the {ceilings.kind} rate; int8 GEMM: {ceilings.absent['int8 GEMM']}")
     cores = tuple(sorted(os.sched_getaffinity(0))[:threads]) if hasattr(os, "sched_getaffinity") else ()
     requests = options["requests"] or (50 if options["arrivals"] else 5)
     jobs = [
-        Job(bundle, work, engine, threads, requests, options["minutes"], options["seed"], cores)
-        for bundle, engine in zip(bundles, engines)
+        Job(bundle, work, engine, threads, requests, options["minutes"], options["seed"], cores, label=label)
+        for bundle, label, engine in zip(bundles, labels, engines)
         for work in works
     ]
-    measured = _run(jobs, options["rounds"])
+    measured, failures = measure_all(jobs, options["rounds"])
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     head = {"schema": SCHEMA, "date": date, "system": system, "checkpoint": options["kind"]}
-    cases = [{**head, **_case(job, rounds, ceilings)} for job, rounds in zip(jobs, measured)]
+    cases = [{**head, **case_of(job, rounds, ceilings)} for job, rounds in zip(jobs, measured) if rounds]
+    failures += _tell(cases, divergences, options["json_path"], options["report"]) if cases else []
+    if failures:
+        raise EdgeVLError("; ".join(failures))
+
+
+def _tell(
+    cases: Sequence[dict[str, Any]], divergences: dict[str, float], json_path: str | None, report: str | None
+) -> list[str]:
+    """Write and print the cases, each as far as it goes; what could not be written."""
+    failures: list[str] = []
+
+    def attempt(write: Callable[[], object]) -> None:
+        try:
+            write()
+        except EdgeVLError as e:
+            failures.append(str(e))
+
+    def page(path: str) -> None:
+        write_output(path, html_page(cases, divergences))
+        note(f"report: {path}")
+
     # The files first: what was measured must not be lost to a terminal.
-    if options["json_path"] is not None:
-        write_lines(Path(options["json_path"]), cases)
-    if options["report"] is not None:
-        write_output(options["report"], html_page(cases, divergences))
-        note(f"report: {options['report']}")
+    if json_path is not None:
+        attempt(lambda: write_lines(Path(json_path), cases))
+    if report is not None:
+        attempt(lambda: page(report))
     print_table(cases)
+    return failures
 
 
-def _engine(bundle: Bundle, name: str) -> str:
+def _engine(bundle: Bundle, label: str, name: str) -> str:
     """What `auto` stands for, told once for a bundle: its processes then all open the same."""
-    return name if name != "auto" else choose_engine(bundle, lambda text: note(f"{bundle.folder.name}: {text}"))
+    return name if name != "auto" else choose_engine(bundle, lambda text: note(f"{label}: {text}"))
 
 
-def _print_operators(bundles: tuple[str, ...], works: list[Workload], engine: str, threads: int) -> None:
+def _print_operators(
+    bundles: Sequence[str], labels: Sequence[str], works: Sequence[Workload], engine: str, threads: int
+) -> None:
     from edgevl.benchmarks.operators import operator_shares, operator_table
 
     if engine != "ort-cpu":
         raise InputError(
             f"--operators reads ONNX Runtime's trace on the CPU; expected --engine ort-cpu, got {engine!r}"
         )
-    for bundle in bundles:
+    for bundle, label in zip(bundles, labels):
         for work in works:
-            click.echo(f"{Path(bundle).resolve().name}, {work.describe}")
+            click.echo(f"{label}, {work.describe}")
             click.echo(operator_table(operator_shares(bundle, work, threads)) + "\n")
 
 
-def _divergences(given: tuple[str, ...], bundles: tuple[str, ...]) -> dict[str, float]:
-    """Bundle name -> KL, from the reports that `edgevl quantize` and `edgevl fidelity` write."""
-    names, found = {Path(b).resolve().name for b in bundles}, {}
+def _divergences(given: Sequence[str], bundles: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """Label of a bundle -> KL, from the reports that `edgevl quantize` and `edgevl fidelity` write."""
+    found = {}
     for text in given:
         name, _, path = text.partition("=")
-        name = Path(name).resolve().name
-        if name not in names or not path:
-            raise InputError(f"--fidelity {text!r}: expected BUNDLE=F.json with one of {', '.join(sorted(names))}")
         try:
-            found[name] = float(json.loads(Path(path).read_text(encoding="utf-8"))["divergence"]["kl"])
+            label = labels[find_bundle(name, bundles)]
+        except InputError as e:
+            raise InputError(
+                f"--fidelity {text!r}: expected BUNDLE=F.json with one of {', '.join(labels)} ({e})"
+            ) from None
+        if not path:
+            raise InputError(f"--fidelity {text!r}: expected BUNDLE=F.json with one of {', '.join(labels)}")
+        try:
+            found[label] = float(json.loads(Path(path).read_text(encoding="utf-8"))["divergence"]["kl"])
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path}: no fidelity report with a divergence inside ({type(e).__name__}: {e})") from None
     return found
@@ -170,6 +209,31 @@ def _keep_profile(bundle: str, engine: str, threads: int) -> None:
         path = profile_path(model.bundle, profile.machine)
         profile.save(path)
     note(f"profile: {path}")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """What can be told to be wrong before a bundle is opened."""
+    if not math.isfinite(options["minutes"]):
+        raise InputError(f"--minutes {options['minutes']:g}: expected a number of minutes, 0 or more")
+    if options["engine"] not in (*ENGINES, "auto"):
+        raise InputError(f"engine {options['engine']!r} is unknown; expected auto, {', '.join(ENGINES)}")
+    _check_arrivals(options)
+    if options["operators"]:
+        _check_operators()
+    files = [(key, options[key]) for key in ("json_path", "report") if options[key] is not None]
+    for key, path in files:
+        check_output_file(path, "a file of JSON lines" if key == "json_path" else "an HTML file")
+    if len({Path(path).resolve() for _, path in files}) < len(files):
+        raise InputError(f"--json and --report both name {options['report']}; expected two files")
+
+
+def _check_operators() -> None:
+    """Refuse by name what was given beside --operators and would not be heeded."""
+    context = click.get_current_context()
+    options = {p.name: p.opts[-1] for p in context.command.params}
+    given = [options[name] for name in _NOT_TRACED if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    if given:
+        raise InputError(f"--operators traces one request of each case; leave {', '.join(given)} away")
 
 
 def _check_arrivals(options: dict[str, Any]) -> None:
@@ -200,139 +264,3 @@ def _workload(name: str, rate: float | None, options: dict[str, Any]) -> Workloa
         except ValueError:
             raise InputError(f"size {options['size']!r}: expected WIDTHxHEIGHT, such as 448x448") from None
     return workload(name, **changes)
-
-
-def _run(jobs: list[Job], rounds: int) -> list[list[dict[str, Any]]]:
-    """What every job's processes measured; the order rotates from round to round."""
-    results: list[list[dict[str, Any]]] = [[] for _ in jobs]
-    with tqdm(total=rounds * len(jobs), unit="process", file=sys.stderr, disable=None, leave=False) as bar:
-        for number in range(rounds):
-            for index in in_turn(range(len(jobs)), number):
-                bar.set_postfix_str(f"{Path(jobs[index].bundle).name} {jobs[index].workload.name}")
-                results[index].append(_measure(replace(jobs[index], round=number)))
-                bar.update()
-    return results
-
-
-def _measure(job: Job) -> dict[str, Any]:
-    loop = "open_loop" if job.workload.arrivals_per_s else "stages"
-    command = [sys.executable, "-m", f"edgevl.benchmarks.{loop}"]
-    text = json.dumps(asdict(replace(job, spawned=time.time())))
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment(job.threads))
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        name = f"{Path(job.bundle).name}, workload {job.workload.name!r}"
-        raise EdgeVLError(f"{name}: {last.split(': ', 1)[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _case(job: Job, rounds: list[dict[str, Any]], ceilings: Ceilings) -> dict[str, Any]:
-    """The JSON object of one bundle and workload, without what is the same for all cases."""
-    bundle, work = Bundle.open(job.bundle), job.workload
-    requests = [{**r, "round": n} for n, m in enumerate(rounds) for r in m["requests"]]
-    return {
-        "bundle": bundle.folder.name,
-        "precision": bundle.precision,
-        "engine": rounds[0]["engine"],
-        "workload": asdict(work),
-        "describe": work.describe,
-        "seed": job.seed,
-        "cold_s": [m["cold_s"] for m in rounds],
-        "open_s": [m["open_s"] for m in rounds],
-        "ttft_s": percentiles([r["ttft_s"] for r in requests]),
-        "total_s": percentiles([r["total_s"] for r in requests]),
-        "memory_mb": {"peak": max(m["peak_mb"] for m in rounds), "after_open": max(m["rss_open_mb"] for m in rounds)},
-        "throttled": None if rounds[0]["throttled"] is None else sum(m["throttled"] for m in rounds),
-        **(_open(job, rounds) if work.arrivals_per_s else _closed(job, bundle, rounds, requests, ceilings)),
-        "warm_up": [m["warm_up"] for m in rounds],
-        "requests": requests,
-    }
-
-
-def _closed(
-    job: Job, bundle: Bundle, rounds: list[dict[str, Any]], requests: list[dict[str, Any]], ceilings: Ceilings
-) -> dict[str, Any]:
-    work = job.workload
-    steps = [s for r in requests for s in r["steps_s"]]
-    rates = [work.concurrency * len(r["steps_s"]) / sum(r["steps_s"]) for r in requests if r["steps_s"]]
-    stages = {s: percentiles([r["stages"][s] for r in requests]) for s in STAGES}
-    return {
-        "loop": "closed",
-        "minutes": job.minutes,
-        "tpot_s": percentiles(steps),
-        "tokens_per_s": percentiles(rates),
-        "detokenize_s": percentiles([r["detokenize_s"] for r in requests]),
-        "stages": stages,
-        "energy": _energy(rounds, requests),
-        "roofline": _shares(bundle, work, requests, stages, steps, ceilings),
-    }
-
-
-def _open(job: Job, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    runs = [[Arrival(**r) for r in m["requests"]] for m in rounds]
-    every = [a for run in runs for a in run]
-    found = load(runs, job.workload.arrivals_per_s, job.workload.concurrency)
-    known = all(m["joules"] is not None for m in rounds)
-    return {
-        "loop": "open",
-        "queue_s": percentiles([a.queue_s for a in every]),
-        "tpot_s": percentiles([(a.total_s - a.ttft_s) / (a.new_tokens - 1) for a in every if a.new_tokens > 1]),
-        "load": {**asdict(found), "verdict": found.verdict},
-        "energy": {
-            "j_per_request": sum(m["joules"] for m in rounds) / len(every) if known else None,
-            "sources": rounds[0]["energy_sources"],
-            "absent": rounds[0]["energy_absent"],
-        },
-    }
-
-
-def _energy(rounds: list[dict[str, Any]], requests: list[dict[str, Any]]) -> dict[str, Any]:
-    known = [r for r in requests if r["joules"] is not None]
-    before = [r["joules_before_decode"] for r in known if r["joules_before_decode"] is not None]
-    after = [
-        (r["joules"] - r["joules_before_decode"], r["new_tokens"])
-        for r in known
-        if r["joules_before_decode"] is not None
-    ]
-    tokens = sum(n for _, n in after)
-    return {
-        "j_per_request": sum(r["joules"] for r in known) / len(known) if known else None,
-        "j_before_first_token": sum(before) / len(before) if before else None,
-        "j_per_token": sum(j for j, _ in after) / tokens if tokens else None,
-        "sources": rounds[0]["energy_sources"],
-        "absent": rounds[0]["energy_absent"],
-    }
-
-
-def _shares(
-    bundle: Bundle,
-    work: Workload,
-    requests: list[dict[str, Any]],
-    stages: dict[str, dict[str, float]],
-    steps: list[float],
-    ceilings: Ceilings,
-) -> dict[str, Any]:
-    """Achieved rates over the ceilings. Vision and prefill against the int8 GEMM rate (all operations counted, those of
-    attention too, which run in float: a share near 1 is out of reach where attention is large)."""
-    out: dict[str, Any] = {
-        "read_gb_s": ceilings.read_gb_s,
-        "gemm_gop_s": ceilings.gemm_gop_s,
-        "absent": ceilings.absent,
-    }
-    prompt = requests[0]["prompt_tokens"] / work.concurrency
-    if steps:
-        context = prompt + work.new_tokens / 2
-        weights = decode_bytes(bundle, 0)
-        moved = weights + work.concurrency * (decode_bytes(bundle, int(context)) - weights)
-        out["decode"] = moved / percentiles(steps)["p50"] / 1e9 / ceilings.read_gb_s
-        out["decode_bytes"] = moved
-    rate = ceilings.gemm_gop_s.get("int8", ceilings.gemm_gop_s["fp32"])
-    if work.concurrency == 1:
-        todo = prefill_work(bundle.model, int(prompt))
-        out["prefill"] = (todo.gemm + todo.attention) / stages["prefill_s"]["p50"] / 1e9 / rate
-    tokens, merge = requests[0]["image_tokens"], bundle.model.vision.spatial_merge_size**2
-    if tokens:
-        per = tokens * merge // max(1, work.concurrency * (work.pictures + -(-work.frames // 2)))
-        todo = vision_work(bundle.model, tokens * merge // per, per)
-        out["vision"] = (todo.gemm + todo.attention) / stages["vision_s"]["p50"] / 1e9 / rate
-    return out

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EnergyMeter", "Heat", "heat"]
+__all__ = ["EnergyMeter", "Heat", "heat", "number_in"]
 
 _INTERVAL_S = 0.05
 
@@ -152,6 +152,8 @@ class EnergyMeter:
             read = {f"gpu {i}": _gpu_joules(nvml, h) for i, h in enumerate(handles)}
             for gpu in read.values():
                 gpu()
+            if not read:
+                self.absent["NVML"] = "no NVIDIA GPU is found"
             return read
         except Exception as e:  # the library's own classes
             self.absent["NVML"] = f"{type(e).__name__}: {e}"
@@ -179,9 +181,9 @@ class Heat:
 def heat(root: Path = Path("/sys")) -> Heat:
     """Clocks, temperature and throttling counts of now."""
     cpu = root / "devices/system/cpu"
-    clocks = [_number(p) for p in cpu.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
-    zones = [_number(p) for p in (root / "class/thermal").glob("thermal_zone*/temp")]
-    counts = [_number(p) for p in cpu.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")]
+    clocks = [number_in(p) for p in cpu.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
+    zones = [number_in(p) for p in (root / "class/thermal").glob("thermal_zone*/temp")]
+    counts = [number_in(p) for p in cpu.glob("cpu[0-9]*/thermal_throttle/core_throttle_count")]
     known = [c for c in clocks if c is not None]
     hot = [z for z in zones if z is not None]
     counted = [c for c in counts if c is not None]
@@ -192,7 +194,8 @@ def heat(root: Path = Path("/sys")) -> Heat:
     )
 
 
-def _number(path: Path) -> float | None:
+def number_in(path: Path) -> float | None:
+    """The number that a file of sysfs holds; None where it cannot be read."""
     try:
         return float(path.read_text())
     except (OSError, ValueError):

@@ -26,6 +26,7 @@ import click
 from tabulate import tabulate
 from tqdm import tqdm
 
+from edgevl.benchmarks.device_memory import gpu_used
 from edgevl.benchmarks.output_option import OutputFile
 from edgevl.benchmarks.peers.table import spread
 from edgevl.benchmarks.peers.worker import measure
@@ -35,7 +36,6 @@ from edgevl.benchmarks.workloads import Workload, question
 from edgevl.runtime.bundle import MANIFEST
 from edgevl.runtime.doctor import machine
 from edgevl.runtime.engine import engine_status
-from edgevl.runtime.errors import EdgeVLError
 from edgevl.runtime.output_file import write_output
 from edgevl.runtime.tensorrt_library import find_tensorrt
 
@@ -67,17 +67,6 @@ class Figures:
 # ---------------------------------------------------------------------- inside a measuring process
 
 
-def _gpu_used() -> float | None:
-    """Bytes of the device in use by everybody; None without a GPU."""
-    from edgevl.runtime.cuda_memory import CudaRuntime
-
-    try:
-        free, total = CudaRuntime().memory()
-    except EdgeVLError:
-        return None
-    return float(total - free)
-
-
 def _open(contender: Contender) -> Any:
     """A Contender of the peers' benchmark."""
     from edgevl.benchmarks.peers.edgevl_bundle import BundleModel
@@ -101,7 +90,7 @@ def worker(contender_json: str, work_json: str, text: str, requests: str) -> Non
     measured = measure(contender.name, model, opened, work, text, int(requests), warm_up=2)
     found: dict[str, list[float]] = {"open_s": [opened]}
     found |= {name: getattr(measured, name) for name in ("vision_s", "prefill_s", "ttft_s", "decode_tokens_per_s")}
-    used = _gpu_used()
+    used = gpu_used()
     found["gpu_mb"] = [] if used is None else [used / 1e6]
     sys.stdout.write(json.dumps(found) + "\n")
 
@@ -212,7 +201,10 @@ def main(out: Path, checkpoint: Path | None, json_path: Path | None, **options: 
             write_random_checkpoint(checkpoint, options["shape"])
     contenders: list[Contender] = []
     for made in prepare(out, checkpoint, engines, options["precisions"].split(",")):
-        (contenders if isinstance(made, Contender) else failures).append(made)
+        if isinstance(made, Contender):
+            contenders.append(made)
+        else:
+            failures.append(made)
     if not contenders:
         raise click.ClickException("; ".join(failures))
     bundle = contenders[0].path

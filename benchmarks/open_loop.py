@@ -15,20 +15,20 @@ in files before the first request is due; reading and decoding them is part of t
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
+from edgevl.benchmarks.device_memory import DeviceMemory, absences
 from edgevl.benchmarks.energy import EnergyMeter, heat
 from edgevl.benchmarks.plotting import rate_text
-from edgevl.benchmarks.stages import Job, Request, Runner, StageClock, open_job, rss_mb
+from edgevl.benchmarks.processes import Ending, scratch_folder
+from edgevl.benchmarks.stages import Job, Request, Runner, StageClock, answer_job, open_job, rss_mb
+from edgevl.benchmarks.throttling import ClockWatch, throttled
 from edgevl.benchmarks.workloads import arrival_times
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.doctor import peak_rss_bytes
@@ -79,10 +79,12 @@ class MeasuredOpen:
     requests: list[Arrival]
     peak_mb: float
     rss_open_mb: float
+    peak_gpu_mb: float | None = None
+    arena_mb: float | None = None
     joules: float | None = None
     energy_sources: list[str] = field(default_factory=list)
-    energy_absent: dict[str, str] = field(default_factory=dict)
-    throttled: int | None = None
+    absent: dict[str, str] = field(default_factory=dict)
+    throttled: int | bool | None = None
 
 
 def drive(
@@ -252,39 +254,46 @@ def run_job(job: Job) -> MeasuredOpen:
     work = job.workload
     if not work.arrivals_per_s or job.minutes:
         raise InputError(f"workload {work.name!r}: an open loop needs a rate of arrivals and a number of requests")
-    model, runner, open_s, spawned = open_job(job)
-    rss_open = rss_mb()
+    model, runner, open_s, apart_s, spawned = open_job(job)
+    rss_open, memory, watch = rss_mb(), DeviceMemory(model.engine.name), ClockWatch(job.cores)
+    memory.look()
     due = arrival_times(work.arrivals_per_s, job.requests, (job.seed, job.round))
-    with EnergyMeter() as meter, tempfile.TemporaryDirectory(prefix="edgevl-bench-") as folder:
-        first: list[float] = []
+    with EnergyMeter() as meter, scratch_folder() as folder:
         # As many rows as the largest batch has: what a batch takes for the first time is not a request's to pay.
-        warm_up = runner.request(0, meter.read, lambda: first.append(time.time() - spawned))
-        worker = _Worker(model, runner, job, Path(folder))
+        warm_up, cold_s = runner.warm_up(meter.read, spawned, apart_s)
+        worker = _Worker(model, runner, job, folder)
+
+        def answer(numbers: Sequence[int]) -> list[Answer]:
+            with watch.loaded():  # between batches the clocks may fall
+                return worker.answer(numbers)
+
         before, hot = meter.read(), heat()
-        requests = drive(due, worker.answer, work.concurrency)
-        spent, after = meter.read(), heat()
+        requests = drive(due, answer, work.concurrency)
+        spent, slow = meter.read(), throttled(hot, heat(), watch)
+        memory.look()
         name = model.engine.name
         model.close()
         return MeasuredOpen(
             bundle=job.bundle,
             engine=name,
             open_s=open_s,
-            cold_s=first[0],
+            cold_s=cold_s,
             warm_up=warm_up,
             requests=requests,
             peak_mb=peak_rss_bytes() / 1e6,
             rss_open_mb=rss_open,
+            peak_gpu_mb=memory.peak_mb,
             joules=None if spent is None or before is None else spent - before,
             energy_sources=list(meter.sources),
-            energy_absent=meter.absent,
-            throttled=None if after.throttled is None else after.throttled - (hot.throttled or 0),
+            absent=meter.absent | absences(memory, slow),
+            throttled=slow,
         )
 
 
 def main() -> None:
-    """Read a Job as JSON from stdin, write a MeasuredOpen as one JSON line."""
-    measured = run_job(Job.from_json(sys.stdin.read()))
-    sys.stdout.write(json.dumps(asdict(measured)) + "\n")
+    """One measuring process; told to end, it removes its pictures."""
+    with Ending():
+        answer_job(run_job)
 
 
 if __name__ == "__main__":

@@ -2,54 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from edgevl.benchmarks.plotting import COLOURS, by_round, case_names, colour_cycle, figure, rate_text, svg, table
+from edgevl.benchmarks.plotting import (
+    COLOURS,
+    by_round,
+    case_labels,
+    case_styles,
+    figure,
+    legend,
+    rate_text,
+    row_figure,
+    svg,
+)
+from edgevl.benchmarks.report_table import Table, case_table, tail_cell
 
-__all__ = ["LOAD", "SPANS", "load_row", "open_plots", "print_open_tables", "tail_cell"]
+__all__ = ["load_table", "open_plots", "verdicts", "wait_table"]
 
 # Of a request, all from when it was due: field, what it reaches to, colour.
-SPANS = (
+_SPANS = (
     ("queue_s", "waiting", COLOURS[2]),
     ("ttft_s", "first token", COLOURS[1]),
     ("total_s", "last token", COLOURS[0]),
 )
-LOAD = ("offered /s", "served /s", "tokens / s", "batch", "busy %", "in queue", "peak MB")
 
 
-def tail_cell(values: dict[str, float]) -> str:
-    return " / ".join(f"{values[p]:.2f}" for p in ("p50", "p95", "p99"))
+def load_table(cases: Sequence[dict[str, Any]]) -> Table | None:
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "offered /s": lambda c: rate_text(c["load"]["offered_per_s"]),
+        "served /s": lambda c: rate_text(c["load"]["served_per_s"]),
+        "tokens / s": lambda c: f"{c['load']['tokens_per_s']:.1f}",
+        "batch": lambda c: f"{c['load']['batch_size']:.1f}",
+        "busy %": lambda c: f"{100 * c['load']['busy']:.0f}",
+        "in queue": lambda c: f"{c['load']['waiting']:.1f}",
+    }
+    notes = ["batch: requests answered together, mean; in queue: those that wait, mean over time"]
+    return case_table("open loop: requests that came and were served", notes, columns, cases)
 
 
-def load_row(case: dict[str, Any]) -> tuple[str, ...]:
-    """What the columns `LOAD` show of a case."""
-    load = case["load"]
-    return (
-        rate_text(load["offered_per_s"]),
-        rate_text(load["served_per_s"]),
-        f"{load['tokens_per_s']:.1f}",
-        f"{load['batch_size']:.1f}",
-        f"{100 * load['busy']:.0f}",
-        f"{load['waiting']:.1f}",
-        f"{case['memory_mb']['peak']:,.0f}",
-    )
+def wait_table(cases: Sequence[dict[str, Any]]) -> Table | None:
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        name: lambda c, key=key: tail_cell(c[key], 2) for key, name, _ in _SPANS
+    }
+    columns["ms / token"] = lambda c: tail_cell(c["tpot_s"], 1, 1e3)
+    return case_table("seconds from when a request was due: p50 / p95 / p99", (), columns, cases)
 
 
-def print_open_tables(cases: Sequence[dict[str, Any]], console: Any) -> None:
-    """Load and latency, and in words whether the machine kept up."""
-    loads = table("open loop: requests that came and were served", LOAD)
-    latency = table("seconds from when a request was due: p50 / p95 / p99", ("waiting", "first token", "last token"))
-    for case in cases:
-        head = (case["bundle"], case["workload"]["name"])
-        loads.add_row(*head, *load_row(case))
-        latency.add_row(*head, *(tail_cell(case[key]) for key, _, _ in SPANS))
-    console.print(loads)
-    console.print(latency)
-    for case in cases:
-        console.print(f"{case['bundle']}, {case['workload']['name']}: {case['load']['verdict']}", soft_wrap=True)
+def verdicts(cases: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
+    """In words whether the machine kept up with each case, and whether it did not."""
+    return [
+        (f"{case['bundle']}, {case['workload']['name']}: {case['load']['verdict']}", case["load"]["overloaded"])
+        for case in cases
+    ]
 
 
 def open_plots(cases: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
@@ -74,10 +81,10 @@ def open_plots(cases: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
 
 
 def _latency(cases: Sequence[dict[str, Any]]) -> str:
-    drawn, axes = figure(1.0 + 0.8 * len(cases))
+    drawn, axes = row_figure(cases, 0.8)
     rng = np.random.default_rng(0)
     for i, case in enumerate(cases):
-        for k, (key, label, colour) in enumerate(SPANS):
+        for k, (key, label, colour) in enumerate(_SPANS):
             values, at = np.array([r[key] for r in case["requests"]]), i + 0.27 * (k - 1)
             shown = values if len(values) <= 400 else rng.choice(values, 400, replace=False)
             spread = at + rng.uniform(-0.09, 0.09, len(shown))
@@ -85,46 +92,47 @@ def _latency(cases: Sequence[dict[str, Any]]) -> str:
             axes.plot(shown, spread, ".", color=colour, alpha=0.6, markersize=4, label=name)
             for p, style in (("p50", "-"), ("p95", "--"), ("p99", ":")):
                 axes.plot([case[key][p]] * 2, [at - 0.13, at + 0.13], style, color=COLOURS[7])
-    axes.set_yticks(range(len(cases)), case_names(cases))
-    axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds")
-    drawn.legend(ncols=len(SPANS), loc="outside upper center", frameon=False)
+    legend(drawn, [label for _, label, _ in _SPANS])
     return svg(drawn)
 
 
 def _queue(cases: Sequence[dict[str, Any]]) -> str:
-    drawn, axes = figure()
-    for case, colour, name in zip(cases, colour_cycle(len(cases)), case_names(cases)):
+    labels = case_labels(cases)
+    drawn, axes = figure(labels=labels)
+    for case, style, label in zip(cases, case_styles(len(cases)), labels):
         for n, requests in enumerate(by_round(case)):
-            label = name.replace("\n", ", ") if n == 0 else None
             waited = [r["queue_s"] for r in requests]
-            axes.plot(range(1, len(waited) + 1), waited, "o-", markersize=2.5, linewidth=0.8, color=colour, label=label)
+            numbers, named = range(1, len(waited) + 1), label if n == 0 else None
+            axes.plot(numbers, waited, markersize=3.5, linewidth=0.8, label=named, **style.line)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("request of each process, in the order of arrival")
     axes.set_ylabel("waited, s")
-    drawn.legend(ncols=2, loc="outside upper center", frameon=False)
+    legend(drawn, labels)
     return svg(drawn)
 
 
 def _curve(cases: Sequence[dict[str, Any]]) -> str:
-    drawn, axes = figure()
     # The rate is the last word of a workload's name, and all that the cases of one line differ in.
-    lines: dict[str, list[dict[str, Any]]] = {}
+    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for case in sorted(cases, key=lambda c: c["load"]["offered_per_s"]):
-        base = case["workload"]["name"].rpartition(" ")[0]
-        lines.setdefault(f"{case['bundle']}, {base}", []).append(case)
-    for (name, line), colour in zip(lines.items(), colour_cycle(len(lines))):
+        lines.setdefault((case["bundle"], case["workload"]["name"].rpartition(" ")[0]), []).append(case)
+    labels = case_labels([{"bundle": bundle, "workload": {"name": name}} for bundle, name in lines])
+    drawn, axes = figure(labels=labels)
+    for label, line, style in zip(labels, lines.values(), case_styles(len(lines))):
         rates = [case["load"]["offered_per_s"] for case in line]
-        for p, style in (("p50", "-"), ("p95", "--")):
+        for p, dash in (("p50", "-"), ("p95", "--")):
             values = [case["ttft_s"][p] for case in line]
-            axes.plot(rates, values, style, color=colour, label=name if p == "p50" else None)
+            named = label if p == "p50" else None
+            axes.plot(rates, values, dash, color=style.colour, marker=style.marker, markersize=5, label=named)
             for rate, value, case in zip(rates, values, line):
-                inside = "white" if case["load"]["overloaded"] else colour
-                axes.plot(rate, value, "o", markersize=4, color=colour, markerfacecolor=inside)
+                if case["load"]["overloaded"]:
+                    hollow = {**style.line, "markerfacecolor": "white"}
+                    axes.plot(rate, value, markersize=5, linestyle="", **hollow)
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("requests per second offered")
     axes.set_ylabel("TTFT, s")
-    drawn.legend(ncols=2, loc="outside upper center", frameon=False)
+    legend(drawn, labels)
     return svg(drawn)

@@ -1,55 +1,71 @@
 """The results of `edgevl bench`: one JSON line per case, a table, and a self-contained HTML page with plots.
 
-JSON lines, schema `edgevl.bench/2`. One object per bundle and workload:
+JSON lines, schema `edgevl.bench/3`. One object per bundle and workload; a line may lack a field that was added later,
+and null is what the machine does not tell. A distribution is {"p50", "p95", "p99", "min", "max", "n"}, and {"n": 0}
+alone where there was nothing to measure.
 
     schema, date, system      what it was measured on (see system_info.py)
-    bundle, precision, checkpoint   the bundle's folder name, its precision, what its weights are (as the caller says)
+    bundle, precision, checkpoint   the bundle's name, its precision, what its weights are (as the caller says)
     loop                      "closed" (a request begins when the one before has ended) or "open" (requests arrive)
     engine, workload, seed    engine name; the fields of Workload
+    describe                  the workload in words
     cold_s, open_s            per round: process start to first token, and opening the bundle
-    ttft_s, tpot_s, total_s   {"p50", "p95", "p99", "min", "max", "n"} over all requests
-    memory_mb                 {"peak", "after_open"}: the process's own, largest over rounds
-    energy                    {"j_per_request", "sources", "absent"}; in an open loop idle seconds count
-    throttled                 how often the processor throttled while measuring, null where it does not count
-    requests                  every request as it was measured
+    ttft_s                    distribution over all requests; of N at once a number for each of the N
+    tpot_s                    distribution
+    total_s                   distribution over all requests; a closed loop's N at once are one group, until all ended
+    memory_mb                 largest over rounds: {"peak", "after_open"}, the process's own; {"arena_mb"}, what the
+                              engine's allocator held of it; {"peak_gpu_mb"}, in use on GPU 0, by everybody
+    energy                    {"j_per_request", "j_per_picture", "sources", "absent"}: in a closed loop of N at once
+                              j_per_request is of the group of N, and j_per_picture what came before the first tokens
+                              over all pictures; in an open loop idle seconds count. absent: by what is not told (of
+                              memory and throttling too), why
+    throttled                 how often the processor throttled while measuring; where it does not count, whether its
+                              clocks stayed low under load (true, false); null where it tells neither
+    warm_up                   per round: the first request, measured as the others, that no distribution counts
+    requests                  every request as it was measured, and "round", its process; ttft_s is a list there, a
+                              number for each of N at once, and in an open loop a number
 
 only of a closed loop (stages.py), where tpot_s is over all steps:
 
-    tokens_per_s, detokenize_s, stages.<name>   as ttft_s
+    tokens_per_s, detokenize_s, stages.<name>   distributions
     minutes                   of a soak, or 0
     energy                    {"j_before_first_token", "j_per_token"} too
-    roofline                  {"read_gb_s", "gemm_gop_s", "decode", "prefill", "vision"}: ceilings and shares reached
+    roofline.read_gb_s, .gemm_gop_s   the ceilings: 10^9 bytes read per second; by precision, 10^9 operations
+    roofline.kind             the precision whose rate is the ceiling of prefill and vision
+    roofline.absent           by ceiling, why it could not be measured
+    roofline.decode, .prefill, .vision   share of its ceiling that each reached; missing where there was no such stage
+    roofline.decode_bytes     that one step must read, for all N rows together
 
 only of an open loop (open_loop.py), where ttft_s and total_s count from when a request was due, and tpot_s is the mean
 gap between the tokens of a request, over requests:
 
-    queue_s                   as ttft_s: from when a request was due until the worker took it
+    queue_s                   distribution: from when a request was due until the worker took it
     load                      the fields of Load (rates, busy share, overloaded, ...) and "verdict", the same in words
 
-Schema 1 had closed loops only, and no "loop".
+Schema 1 had closed loops only, and no "loop"; in schema 2 ttft_s was of the first of N at once.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import jinja2
 import numpy as np
 
-from edgevl.benchmarks.open_loop_report import LOAD, SPANS, load_row, open_plots, print_open_tables, tail_cell
-from edgevl.benchmarks.plotting import COLOURS, by_round, case_names, cell, colour_cycle, figure, library, svg, table
-from edgevl.benchmarks.stages import STAGES
+from edgevl.benchmarks.closed_loop_report import ceiling_table, closed_plots, latency_table, stage_table
+from edgevl.benchmarks.machine_report import machine_table, system_rows
+from edgevl.benchmarks.open_loop_report import load_table, open_plots, verdicts, wait_table
+from edgevl.benchmarks.plotting import library
+from edgevl.benchmarks.report_table import Printer, Table
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.output_file import write_output
 
 __all__ = ["SCHEMA", "check_libraries", "html_page", "percentiles", "print_table", "read_lines", "write_lines"]
 
-SCHEMA = "edgevl.bench/2"
+SCHEMA = "edgevl.bench/3"
 _PAGE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -67,7 +83,7 @@ def write_lines(path: Path, cases: Sequence[dict[str, Any]]) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    write_output(path, "".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases))
+    write_output(path, "".join(json.dumps(case, ensure_ascii=False, allow_nan=False) + "\n" for case in cases))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -87,23 +103,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return cases
 
 
-def print_table(cases: Sequence[dict[str, Any]]) -> None:
-    """Two tables on stdout for closed loops (latency and memory; the stages), two for open ones; below them what was
-    asked."""
-    console = library("rich.console").Console(highlight=False)
-    if not console.is_terminal:  # 80 columns would cut every header
-        console.width = 120
-    closed, opened = _by_loop(cases)
-    with console.capture() as captured:  # click's echo writes to a stream of any encoding, rich's own fails
-        if closed:
-            _print_closed_tables(closed, console)
-        if opened:
-            print_open_tables(opened, console)
-        for text in dict.fromkeys(f"{c['workload']['name']}: {c['describe']}" for c in cases):
-            console.print(text)
-        for text in dict.fromkeys(f"{c['bundle']}: {c['precision']}, {c['engine']}" for c in cases):
-            console.print(text)
-    click.echo(captured.get(), nl=False)
+def print_table(cases: Sequence[dict[str, Any]], printer: Printer | None = None) -> None:
+    """The tables on stdout; below them what was asked."""
+    printer = printer or Printer.for_stdout()
+    for table in _tables(cases, tails=False):
+        printer.table(table)
+    for text, _ in verdicts(_by_loop(cases)[1]):
+        printer.line(text)
+    for names in (_workloads(cases), _bundles(cases)):
+        for name, text in names:
+            printer.line(f"{name}: {text}")
+    printer.echo()
 
 
 def _by_loop(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -111,166 +121,39 @@ def _by_loop(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], lis
     return [c for c in cases if c["loop"] == "closed"], [c for c in cases if c["loop"] == "open"]
 
 
-def _print_closed_tables(cases: Sequence[dict[str, Any]], console: Any) -> None:
-    latency = table("latency: p50 (p95)", ("cold s", "TTFT s", "ms / token", "tokens / s", "peak MB", "J / token"))
-    for case in cases:
-        latency.add_row(
-            case["bundle"],
-            case["workload"]["name"],
-            f"{statistics.median(case['cold_s']):.2f}",
-            cell(case["ttft_s"], 3),
-            cell(case["tpot_s"], 1, 1e3),
-            f"{case['tokens_per_s']['p50']:.1f}" if case["tokens_per_s"]["n"] else "",
-            f"{case['memory_mb']['peak']:,.0f}",
-            "no sensor" if case["energy"]["j_per_token"] is None else f"{case['energy']['j_per_token']:.2f}",
-        )
-    kinds = ("vision", "prefill", "decode")
-    names = (*(s.removesuffix("_s") for s in STAGES), *(f"{k} %" for k in kinds))
-    stages = table("stages before the first token: ms, p50; and % of what the machine could do at most", names)
-    for case in cases:
-        times = [f"{case['stages'][s]['p50'] * 1e3:.1f}" for s in STAGES]
-        shares = [case["roofline"].get(k) for k in kinds]
-        shown = ["" if x is None else f"{100 * x:.0f}" for x in shares]
-        stages.add_row(case["bundle"], case["workload"]["name"], *times, *shown)
-    console.print(latency)
-    console.print(stages)
+def _tables(cases: Sequence[dict[str, Any]], tails: bool) -> list[Table]:
+    """Those that have something to show. `tails`: of the stages too."""
+    closed, opened = _by_loop(cases)
+    made = [load_table(opened), wait_table(opened)] if opened else []
+    if closed:
+        made = [latency_table(closed), stage_table(closed, tails), ceiling_table(closed), *made]
+    return [table for table in (*made, machine_table(cases)) if table is not None]
 
 
-# ---------------------------------------------------------------------- the page
+def _workloads(cases: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Name -> what it asks, once for each."""
+    return list(dict.fromkeys((case["workload"]["name"], case["describe"]) for case in cases))
+
+
+def _bundles(cases: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Name -> precision, engine and weights, once for each."""
+    return list(
+        dict.fromkeys((c["bundle"], f"{c['precision']}, {c['engine']}, checkpoint: {c['checkpoint']}") for c in cases)
+    )
 
 
 def html_page(cases: Sequence[dict[str, Any]], fidelity: dict[str, Any] | None = None) -> str:
     """One page without references to other files. `fidelity`: bundle name -> KL, for precision against speed."""
     closed, opened = _by_loop(cases)
-    plots = _closed_plots(closed, fidelity) if closed else []
+    plots = closed_plots(closed, fidelity) if closed else []
     if opened:
         plots += open_plots(opened)
     template = jinja2.Environment(autoescape=True).from_string(_PAGE.read_text(encoding="utf-8"))
     return template.render(
-        closed=closed, opened=opened, plots=plots, system=cases[0]["system"], date=cases[0]["date"],
-        absent=cases[0]["energy"]["absent"], cell=cell, median=statistics.median,
-        spans=SPANS, load_columns=LOAD, load_row=load_row, tail_cell=tail_cell,
+        tables=_tables(cases, tails=True), verdicts=verdicts(opened), plots=plots, workloads=_workloads(cases),
+        bundles=_bundles(cases), system=cases[0]["system"], measured_on=system_rows(cases[0]["system"]),
+        date=cases[0]["date"],
     )  # fmt: skip
-
-
-def _closed_plots(cases: Sequence[dict[str, Any]], fidelity: dict[str, Any] | None) -> list[tuple[str, str, str]]:
-    """(title, note, svg) of every plot."""
-    plots = [("Before the first token", "Where the time of a request goes, median of each stage.", _stage_bars(cases))]
-    plots.append(
-        ("Time to first token", "Every measured request; pictures differ.", _distribution(cases, "ttft_s", 1.0, "s"))
-    )
-    plots.append(("Time per token", "Every step after the first token.", _distribution(cases, "steps_s", 1e3, "ms")))
-    plots.append(("Memory", "Resident memory after every request.", _memory(cases)))
-    if any(case["roofline"].get("decode") is not None for case in cases):
-        plots.append(
-            (
-                "Against the machine's ceilings",
-                "Share of measured bandwidth (decode) and int8 GEMM rate.",
-                _roofline(cases),
-            )
-        )
-    if any(len(case["requests"]) > 1 and case["minutes"] for case in cases):
-        plots.append(("Over time", "Time to first token while the machine heats up.", _soak(cases)))
-    if fidelity:
-        plots.append(("What precision costs", "KL to the original against speed.", _precision(cases, fidelity)))
-    return plots
-
-
-def _stage_bars(cases: Sequence[dict[str, Any]]) -> str:
-    drawn, axes = figure(1.0 + 0.5 * len(cases))
-    left = np.zeros(len(cases))
-    for stage, colour in zip(STAGES, COLOURS):
-        width = np.array([case["stages"][stage]["p50"] for case in cases])
-        axes.barh(range(len(cases)), width, left=left, color=colour, label=stage.removesuffix("_s"), height=0.6)
-        left += width
-    axes.set_yticks(range(len(cases)), case_names(cases))
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
-    drawn.legend(ncols=len(STAGES), loc="outside upper center", frameon=False)
-    return svg(drawn)
-
-
-def _distribution(cases: Sequence[dict[str, Any]], key: str, scale: float, unit: str) -> str:
-    drawn, axes = figure(1.0 + 0.5 * len(cases))
-    rng = np.random.default_rng(0)
-    for i, case in enumerate(cases):
-        if key == "steps_s":
-            values = np.array([s for r in case["requests"] for s in r["steps_s"]])
-        else:
-            values = np.array([r[key] for r in case["requests"]])
-        if not len(values):
-            continue
-        shown = values if len(values) <= 400 else rng.choice(values, 400, replace=False)
-        axes.plot(shown * scale, i + rng.uniform(-0.2, 0.2, len(shown)), ".", color=COLOURS[1], alpha=0.5, markersize=4)
-        for q, style in ((50, "-"), (95, "--"), (99, ":")):
-            at = float(np.percentile(values, q)) * scale
-            axes.plot([at, at], [i - 0.35, i + 0.35], style, color=COLOURS[7], label=f"p{q}" if i == 0 else None)
-    axes.set_yticks(range(len(cases)), case_names(cases))
-    axes.set_ylim(len(cases) - 0.5, -0.5)
-    axes.set_xlim(left=0)
-    axes.set_xlabel(unit)
-    drawn.legend(ncols=3, loc="outside upper center", frameon=False)
-    return svg(drawn)
-
-
-def _memory(cases: Sequence[dict[str, Any]]) -> str:
-    drawn, axes = figure()
-    for case, colour, name in zip(cases, colour_cycle(len(cases)), case_names(cases)):
-        for n, requests in enumerate(by_round(case)):
-            seconds, resident = [r["at_s"] + r["total_s"] for r in requests], [r["rss_mb"] for r in requests]
-            label = name.replace("\n", ", ") if n == 0 else None
-            axes.plot(seconds, resident, "o-", markersize=3, color=colour, label=label)
-        axes.axhline(case["memory_mb"]["peak"], color=colour, linestyle=":", linewidth=0.8)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("seconds since the first measured request of each process (dotted: peak)")
-    axes.set_ylabel("MB")
-    drawn.legend(ncols=2, loc="outside upper center", frameon=False)
-    return svg(drawn)
-
-
-def _roofline(cases: Sequence[dict[str, Any]]) -> str:
-    drawn, axes = figure(1.0 + 0.6 * len(cases))
-    kinds = ("vision", "prefill", "decode")
-    for k, (kind, colour) in enumerate(zip(kinds, COLOURS)):
-        shares = [100 * (case["roofline"].get(kind) or 0) for case in cases]
-        axes.barh(np.arange(len(cases)) + 0.25 * (k - 1), shares, height=0.22, color=colour, label=kind)
-    axes.axvline(100, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(cases)), case_names(cases))
-    axes.invert_yaxis()
-    axes.set_xlabel("% of the ceiling")
-    drawn.legend(ncols=3, loc="outside upper center", frameon=False)
-    return svg(drawn)
-
-
-def _soak(cases: Sequence[dict[str, Any]]) -> str:
-    drawn, axes = figure()
-    for case, colour, name in zip(cases, colour_cycle(len(cases)), case_names(cases)):
-        for n, requests in enumerate(by_round(case)):
-            label = name.replace("\n", ", ") if n == 0 else None
-            axes.plot([r["at_s"] / 60 for r in requests], [r["ttft_s"] for r in requests], color=colour, label=label)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("minutes")
-    axes.set_ylabel("TTFT, s")
-    hot = [(r["at_s"] / 60, r["celsius"]) for r in by_round(cases[0])[0] if r["celsius"] is not None]
-    if hot:
-        other = axes.twinx()
-        other.plot(*zip(*hot), color=COLOURS[7], linewidth=0.8)
-        other.set_ylabel("°C", color=COLOURS[7])
-    drawn.legend(ncols=2, loc="outside upper center", frameon=False)
-    return svg(drawn)
-
-
-def _precision(cases: Sequence[dict[str, Any]], fidelity: dict[str, Any]) -> str:
-    drawn, axes = figure()
-    for case, colour in zip(cases, colour_cycle(len(cases))):
-        if case["bundle"] in fidelity and case["tokens_per_s"]["n"]:
-            kl = fidelity[case["bundle"]]
-            axes.plot(case["tokens_per_s"]["p50"], kl, "o", color=colour)
-            axes.annotate(case["bundle"], (case["tokens_per_s"]["p50"], kl), xytext=(6, 4), textcoords="offset points")
-    axes.set_xlabel("tokens per second")
-    axes.set_ylabel("KL to the original")
-    axes.set_ylim(bottom=0)
-    return svg(drawn)
 
 
 def check_libraries(page: bool) -> None:

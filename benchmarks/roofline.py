@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from edgevl.benchmarks.decoder_weights import step_weight_bytes
+from edgevl.benchmarks.processes import run_process
+from edgevl.benchmarks.turns import environment
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.errors import EngineError
@@ -24,7 +28,9 @@ from edgevl.runtime.native_kernels import has_int8_kernels, memory_reader, nativ
 __all__ = [
     "Ceilings",
     "Work",
+    "blas_environment",
     "decode_bytes",
+    "fp32_gemm_here",
     "int8_product",
     "measure_ceilings",
     "prefill_work",
@@ -32,19 +38,25 @@ __all__ = [
     "vision_work",
 ]
 
-# Bytes of one weight, its scales of 16 bits in blocks of 128 or per channel included.
-_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int8-weights": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
 _REPEATS = 7
+# How the libraries that numpy's products may come from are told of their threads, which they read as they are loaded.
+_BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+_GEMM = (512, 1536, 4480)  # rows, k, n: a shape of Qwen2-VL-2B
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """read_gb_s: bytes read per second by all threads together; gemm_gop_s: by precision, 2·m·k·n per second. None
-    where it could not be measured, with the reason in `absent`."""
+    """read_gb_s: bytes read per second by all threads together; gemm_gop_s: by precision, 2·m·k·n per second. What
+    could not be measured is missing there, and has its reason in `absent`."""
 
     read_gb_s: float
     gemm_gop_s: dict[str, float]
     absent: dict[str, str]
+
+    @property
+    def kind(self) -> str:
+        """The precision whose rate is the ceiling of vision and prefill: int8 where that was measured."""
+        return "int8" if "int8" in self.gemm_gop_s else "fp32"
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Work:
 
 def measure_ceilings(threads: int, megabytes: int = 512) -> Ceilings:
     """Take the machine's ceilings with `threads` threads; some seconds."""
-    gemm, absent = {"fp32": _fp32_gemm()}, {}
+    gemm, absent = {"fp32": _fp32_gemm(threads)}, {}
     try:
         gemm["int8"] = _int8_gemm(threads)
     except ModuleNotFoundError as e:
@@ -66,16 +78,12 @@ def measure_ceilings(threads: int, megabytes: int = 512) -> Ceilings:
 
 
 def decode_bytes(bundle: Bundle, context: int) -> float:
-    """Bytes that one decode step of one row must read: every weight of the layers and the head once, and the keys and
-    values of `context` tokens."""
+    """Bytes that one decode step of one row must read: every weight of the layers and the head once, as the graph
+    stores them (decoder_weights.py), and the keys and values of `context` tokens."""
     text, graph = bundle.model.text, bundle.graphs["decoder"]
-    each = _WEIGHT_BYTES[graph.precision]
-    head_bits = bundle.options.get("head_bits") or (8 if bundle.target in ("cpu", "cuda") else 16)
-    is_float = graph.precision in ("fp32", "fp16", "bf16")
-    head = each if is_float else 2.0 if head_bits == 16 else head_bits / 8 + 2 / 128
     past = graph.spec.input(graph.spec.cache[0][0])
     kv = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * np.dtype(past.dtype).itemsize
-    return _layer_weights(bundle.model) * each + text.vocab_size * text.hidden_size * head + kv * context
+    return float(step_weight_bytes(bundle) + kv * context)
 
 
 def prefill_work(config: ModelConfig, tokens: int) -> Work:
@@ -160,24 +168,37 @@ def _read_bandwidth(threads: int, megabytes: int) -> float:
     return data.nbytes / best / 1e9
 
 
-def _fp32_gemm() -> float:
-    """GOP/s of numpy's BLAS, with the threads that it was given."""
-    a, b = np.ones((512, 1536), np.float32), np.ones((1536, 4480), np.float32)
-    out = np.empty((512, 4480), np.float32)
-    best = _best(lambda: np.matmul(a, b, out=out))
-    return 2.0 * a.size * b.shape[1] / best / 1e9
+def fp32_gemm_here() -> float:
+    """GOP/s of numpy's BLAS, with the threads that this process was given as it began."""
+    rows, k, n = _GEMM
+    a, b = np.ones((rows, k), np.float32), np.ones((k, n), np.float32)
+    out = np.empty((rows, n), np.float32)
+    return 2.0 * rows * k * n / _best(lambda: np.matmul(a, b, out=out)) / 1e9
+
+
+def _fp32_gemm(threads: int) -> float:
+    """GOP/s of numpy's BLAS with so many threads: in a process of its own, which can still be told."""
+    code = "from edgevl.benchmarks.roofline import fp32_gemm_here as measure; print(measure())"
+    done = run_process([sys.executable, "-c", code], "", blas_environment(threads))
+    if done.returncode:
+        raise EngineError(f"numpy's products cannot be measured: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return float(done.stdout)
+
+
+def blas_environment(threads: int) -> dict[str, str]:
+    """Of a process whose numpy multiplies with so many threads."""
+    return {**environment(threads), **dict.fromkeys(_BLAS_THREADS, str(threads))}
 
 
 def _int8_gemm(threads: int) -> float:
-    """GOP/s of the fastest integer product at a shape of Qwen2-VL-2B."""
+    """GOP/s of the fastest integer product."""
     operators: list[Path | None] = [None]
     with contextlib.suppress(EngineError):
         if has_int8_kernels():
             operators.append(native_library())
-    size = 512, 1536, 4480
     # One after the other: the threads of a session that waits would take time from another's.
-    best = min(_best(int8_product(threads, *size, library)) for library in operators)
-    return 2.0 * math.prod(size) / best / 1e9
+    best = min(_best(int8_product(threads, *_GEMM, library)) for library in operators)
+    return 2.0 * math.prod(_GEMM) / best / 1e9
 
 
 def _best(function: Callable[[], object]) -> float:

@@ -11,7 +11,8 @@ The stages of a request are those that an application goes through, each called 
     steps     one entry for each token after it
 
 TTFT runs from the bytes to the first token. Of several requests at once, pictures and prompts are worked off one by one
-and the answers are decoded together. A process answers one request before it measures: that one is the cold start.
+and the answers are decoded together: a group, whose rows have a TTFT each. A process answers one request before it
+measures: that one is the cold start. What a benchmark makes for itself (pictures, the question's text) counts nowhere.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
+from edgevl.benchmarks.device_memory import DeviceMemory, absences
 from edgevl.benchmarks.energy import EnergyMeter, heat
+from edgevl.benchmarks.processes import end_with_parent
+from edgevl.benchmarks.request_size import message, video_room
+from edgevl.benchmarks.throttling import ClockWatch, throttled
 from edgevl.benchmarks.workloads import Workload, question
 from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.doctor import peak_rss_bytes
@@ -35,19 +40,35 @@ from edgevl.runtime.errors import InputError
 from edgevl.runtime.generation import PreparedPrompt
 from edgevl.runtime.image_cache import content_key
 from edgevl.runtime.image_loading import load_image
-from edgevl.runtime.image_processing import ProcessedImage, preprocess_frames, preprocess_image, smart_resize
+from edgevl.runtime.image_processing import ProcessedImage, VisionGrid, frame_patches, resized_size
 from edgevl.runtime.sampling import GenerationConfig
+from edgevl.runtime.video import VideoOptions, plan_video
+from edgevl.runtime.video_reading import open_video
 from edgevl.runtime.vision import EncodedImage, VisionStage
 
-__all__ = ["STAGES", "Job", "Measured", "Request", "Runner", "StageClock", "open_job", "rss_mb", "run_job"]
+__all__ = [
+    "STAGES",
+    "Files",
+    "Job",
+    "Measured",
+    "Opened",
+    "Request",
+    "Runner",
+    "StageClock",
+    "answer_job",
+    "open_job",
+    "rss_mb",
+    "run_job",
+]
 
 STAGES = ("file_s", "resize_s", "patches_s", "vision_s", "prompt_s", "prefill_s")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process is told. `spawned`: time.time() when it was started. `minutes`: of a soak; 0: `requests`.
-    `round`: which process of the case it is; only the schedule of arrivals depends on it."""
+    """What one process is told. `label`: the bundle's name for people. `spawned`: time.time() when it was started;
+    `parent`: id of the process that started it, 0 for none. `minutes`: of a soak; 0: `requests`. `round`: which process
+    of the case it is; only the schedule of arrivals depends on it."""
 
     bundle: str
     workload: Workload
@@ -59,6 +80,8 @@ class Job:
     cores: tuple[int, ...] = ()
     spawned: float = 0.0
     round: int = 0
+    label: str = ""
+    parent: int = 0
 
     @classmethod
     def from_json(cls, text: str) -> Job:
@@ -68,17 +91,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Request:
-    """Seconds of one request. `steps_s` has one entry per token after the first (a step of a batch answers all its
-    rows); `at_s` is when it began, from the first measured request on; joules are None without a sensor."""
+    """Seconds of one request, or of a group of them that are answered together. `ttft_s` has one entry per row;
+    `steps_s` one per token after the first (a step of a group answers all its rows); `at_s` is when it began, from the
+    first measured request on; joules are None without a sensor. `grids`: [t, h, w] in patches of every picture and
+    video of a row; all rows have such."""
 
     stages: dict[str, float]
-    ttft_s: float
+    ttft_s: list[float]
     steps_s: list[float]
     detokenize_s: float
     total_s: float
     prompt_tokens: int
     image_tokens: int
     new_tokens: int
+    grids: list[list[int]] = field(default_factory=list)
     at_s: float = 0.0
     joules: float | None = None
     joules_before_decode: float | None = None
@@ -90,7 +116,8 @@ class Request:
 @dataclass(frozen=True)
 class Measured:
     """What one process hands back. `cold_s`: from the start of the process to its first token; `open_s`: of that,
-    opening the bundle. Bytes are MB (10^6)."""
+    opening the bundle. Bytes are MB (10^6). `absent`: what this machine or engine does not tell, and why. `throttled`:
+    see throttling.py."""
 
     bundle: str
     engine: str
@@ -100,9 +127,25 @@ class Measured:
     requests: list[Request]
     peak_mb: float
     rss_open_mb: float
+    peak_gpu_mb: float | None = None
+    arena_mb: float | None = None
     energy_sources: list[str] = field(default_factory=list)
-    energy_absent: dict[str, str] = field(default_factory=dict)
-    throttled: int | None = None
+    absent: dict[str, str] = field(default_factory=dict)
+    throttled: int | bool | None = None
+
+
+Files = tuple[list[bytes], list[bytes]]  # JPEG bytes of the pictures, and of the frames of the video, of one row
+
+
+class Opened(NamedTuple):
+    """A model on its job's cores and engine. `open_s`: what opening it took; `apart_s`: making what to ask, which no
+    figure counts; `spawned`: time.time() when the process was started."""
+
+    model: VisionLanguageModel
+    runner: Runner
+    open_s: float
+    apart_s: float
+    spawned: float
 
 
 def run_job(job: Job) -> Measured:
@@ -113,47 +156,51 @@ def run_job(job: Job) -> Measured:
     """
     if job.workload.arrivals_per_s:
         raise InputError(f"workload {job.workload.name!r}: requests arrive by themselves; measure it as an open loop")
-    model, runner, open_s, spawned = open_job(job)
-    rss_open = rss_mb()
+    model, runner, open_s, apart_s, spawned = open_job(job)
+    rss_open, memory, watch = rss_mb(), DeviceMemory(model.engine.name), ClockWatch(job.cores)
+    memory.look()
     with EnergyMeter() as meter:
-        first: list[float] = []
-        warm_up = runner.request(0, meter.read, lambda: first.append(time.time() - spawned))
+        warm_up, cold_s = runner.warm_up(meter.read, spawned, apart_s)
         hot = heat()
         requests: list[Request] = []
         origin = time.perf_counter()
         while len(requests) < job.requests or time.perf_counter() - origin < 60 * job.minutes:
             at = time.perf_counter() - origin
+            files = runner.group(len(requests) + 1)
             now = heat()
-            done = runner.request(len(requests) + 1, meter.read)
+            with watch.loaded():
+                done = runner.request(len(requests) + 1, meter.read, files=files)
+            memory.look()
             requests.append(replace(done, at_s=at, rss_mb=rss_mb(), mhz=now.mhz, celsius=now.celsius))
-        after = heat()
-        throttled = None if after.throttled is None else after.throttled - (hot.throttled or 0)
+        slow = throttled(hot, heat(), watch)
         name = model.engine.name
         model.close()
         return Measured(
             bundle=job.bundle,
             engine=name,
             open_s=open_s,
-            cold_s=first[0],
+            cold_s=cold_s,
             warm_up=warm_up,
             requests=requests,
             peak_mb=peak_rss_bytes() / 1e6,
             rss_open_mb=rss_open,
+            peak_gpu_mb=memory.peak_mb,
             energy_sources=list(meter.sources),
-            energy_absent=meter.absent,
-            throttled=throttled,
+            absent=meter.absent | absences(memory, slow),
+            throttled=slow,
         )
 
 
-def open_job(job: Job) -> tuple[VisionLanguageModel, Runner, float, float]:
-    """The model on the job's cores and engine, a runner for it, the seconds that opening took, and time.time() when the
-    process was started."""
+def open_job(job: Job) -> Opened:
+    """The job's model, opened, and a runner for it."""
     if job.cores:
         os.sched_setaffinity(0, job.cores)
     spawned = job.spawned or time.time()
     began = time.perf_counter()
     model = VisionLanguageModel.open(job.bundle, job.engine, threads=job.threads)
-    return model, Runner(model, job), time.perf_counter() - began, spawned
+    opened = time.perf_counter()
+    runner = Runner(model, job)
+    return Opened(model, runner, opened - began, time.perf_counter() - opened, spawned)
 
 
 class StageClock:
@@ -180,22 +227,37 @@ class Runner:
         self._model, self._job, self._work = model, job, job.workload
         self._text = question(model, job.workload.prompt_tokens)
         self._vision = VisionStage(model.engine.vision, model.config, model.bundle.image_processor)
+        self._room = 0  # of the KV cache, for a video
+        if self._work.frames:
+            self._room = video_room(model.bundle, model._builder, self._work, self._text, model.capacity)
 
-    def files(self, row: int) -> tuple[list[bytes], list[bytes]]:
-        """JPEG bytes of the pictures, and of the frames of the video, of one request."""
+    def files(self, row: int) -> Files:
+        """Those of one row."""
         work, seed = self._work, self._job.seed
         pictures = [work.picture(seed, row, i) for i in range(work.pictures)]
         return pictures, work.video(seed, row) if work.frames else []
 
+    def group(self, number: int) -> list[Files]:
+        """Files of all rows of request `number`."""
+        return [self.files(number * self._work.concurrency + row) for row in range(self._work.concurrency)]
+
     def prompt(self, pictures: Sequence[bytes], frames: Sequence[bytes], clock: StageClock) -> PreparedPrompt:
-        """The prompt of one request, its pictures encoded."""
-        content: list[dict[str, Any]] = [{"type": "image", "image": self._encode([p], clock)} for p in pictures]
-        if frames:
-            content.append({"type": "video", "video": self._encode(frames, clock)})
-        content.append({"type": "text", "text": self._text})
-        prompt = self._model.prepare([{"role": "user", "content": content}])
+        """The prompt of one row, its pictures encoded."""
+        encoded = [self._picture(p, clock) for p in pictures]
+        video = self._video(frames, clock) if frames else None
+        prompt = self._model.prepare(message(encoded, video, self._text))
         clock.lap("prompt_s")
         return prompt
+
+    def warm_up(self, joules: Callable[[], float | None], spawned: float, apart_s: float) -> tuple[Request, float]:
+        """Request 0, and the seconds from `spawned` (time.time()) to its first token, less `apart_s` and what making
+        its files took."""
+        began = time.perf_counter()
+        files = self.group(0)
+        apart_s += time.perf_counter() - began
+        first: list[float] = []
+        done = self.request(0, joules, lambda: first.append(time.time() - spawned), files=files)
+        return done, first[0] - apart_s
 
     def config(self) -> GenerationConfig:
         """Greedy, and as many tokens as the workload asks for."""
@@ -209,11 +271,16 @@ class Runner:
         joules: Callable[[], float | None] = lambda: None,
         on_first: Callable[[], None] = lambda: None,
         clock: StageClock | None = None,
+        files: Sequence[Files] | None = None,
     ) -> Request:
-        """Answer request `number` (all its rows, where several are asked at once). `clock` may measure otherwise."""
+        """Answer request `number` (all its rows, where several are asked at once).
+
+        Args:
+            clock: may measure otherwise.
+            files: `group(number)`; by default they are made before the request begins.
+        """
         work, model = self._work, self._model
-        # The files are there before the request begins.
-        files = [self.files(number * work.concurrency + row) for row in range(work.concurrency)]
+        files = self.group(number) if files is None else files
         before = joules()
         clock = clock or StageClock()
         clock.begin()
@@ -225,8 +292,9 @@ class Runner:
         times: list[float] = []
 
         def on_step(pieces: int) -> None:
-            if not first:
+            if pieces <= work.concurrency:  # the rows' first tokens, one after another
                 first.append(time.perf_counter() - started)
+            if pieces == 1:
                 on_first()
             if pieces == work.concurrency:  # all rows have their first token
                 at_first.append(joules())
@@ -244,13 +312,14 @@ class Runner:
         model.tokenizer.decode(tokens[0])
         return Request(
             stages=clock.stages,
-            ttft_s=first[0],
+            ttft_s=first,
             steps_s=steps,
             detokenize_s=time.perf_counter() - began,
             total_s=ended - started,
             prompt_tokens=sum(len(p.ids) for p in prompts),
             image_tokens=sum(p.image_tokens for p in prompts),
             new_tokens=sum(len(t) for t in tokens),
+            grids=[[i.grid.t, i.grid.h, i.grid.w] for i in prompts[0].images],
             joules=None if spent is None or before is None else spent - before,
             joules_before_decode=None if before is None or not at_first or at_first[0] is None
             else at_first[0] - before,
@@ -272,20 +341,29 @@ class Runner:
             on_step(pieces)
         return [row.completion().token_ids for row in rows]
 
-    def _encode(self, files: Sequence[bytes], clock: StageClock) -> EncodedImage:
-        """One picture, or the frames of one video, stage by stage."""
-        processor = self._model.bundle.image_processor
-        images = [load_image(f) for f in files]
+    def _picture(self, file: bytes, clock: StageClock) -> EncodedImage:
+        image = load_image(file)
         clock.lap("file_s")
-        width, height = images[0].size
-        h, w = smart_resize(height, width, processor.factor, processor.min_pixels, processor.max_pixels)
-        images = [i.resize((w, h), Image.Resampling.BICUBIC) for i in images]
+        size = resized_size(image.size, self._model.bundle.image_processor)
+        return self._encode([image], size, clock)
+
+    def _video(self, files: Sequence[bytes], clock: StageClock) -> EncodedImage:
+        """Frames and their size are chosen as for a list of pictures in a message."""
+        with open_video(files) as source:
+            plan = plan_video(source, VideoOptions(), self._model.bundle.image_processor, self._room)
+            images = list(source.read(plan.indices))
+        clock.lap("file_s")
+        return self._encode(images, plan.size, clock)
+
+    def _encode(self, images: Sequence[Image.Image], size: tuple[int, int], clock: StageClock) -> EncodedImage:
+        """One picture, or the frames of one video, to be resized to `size` (width, height), stage by stage."""
+        processor, original = self._model.bundle.image_processor, images[0].size
+        if original != size:
+            images = [i.resize(size, Image.Resampling.BICUBIC) for i in images]
         clock.lap("resize_s")
-        # A picture of the right size is only copied by the processor's own resizing.
-        done: ProcessedImage = (
-            preprocess_image(images[0], processor) if len(images) == 1 else preprocess_frames(images, processor)
-        )
-        done = replace(done, original_size=(width, height))
+        t, patch = -(-len(images) // processor.temporal_patch_size), processor.patch_size
+        grid = VisionGrid(t, size[1] // patch, size[0] // patch)
+        done = ProcessedImage(frame_patches(images, size, processor), grid, original, size)
         clock.lap("patches_s")
         embeds = self._vision.run(done)
         clock.lap("vision_s")
@@ -302,10 +380,18 @@ def rss_mb() -> float:
     return peak_rss_bytes() / 1e6
 
 
+def answer_job(run: Callable[[Job], Any]) -> None:
+    """What a measuring process does: read a Job as JSON from stdin, write what `run` makes of it as one JSON line. It
+    ends where the process that started it has ended."""
+    job = Job.from_json(sys.stdin.read())
+    if job.parent:
+        end_with_parent(job.parent)
+    sys.stdout.write(json.dumps(asdict(run(job)), allow_nan=False) + "\n")
+
+
 def main() -> None:
-    """Read a Job as JSON from stdin, write a Measured as one JSON line."""
-    measured = run_job(Job.from_json(sys.stdin.read()))
-    sys.stdout.write(json.dumps(asdict(measured)) + "\n")
+    """One measuring process."""
+    answer_job(run_job)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ __all__ = ["system_info"]
 
 def system_info(threads: int) -> dict[str, Any]:
     """Processor, flags, memory, package versions, threads, power mode, GPUs; None where the machine does not tell."""
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None  # before anything that adds to it
     return {
         **machine(),
         "cpu_flags": cpu_flags(),
@@ -23,7 +24,7 @@ def system_info(threads: int) -> dict[str, Any]:
         "governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
         "power_mode": _power_mode(),
         "gpus": _gpus(),
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load_before": load,
         "hypervisor": "hypervisor" in _read_all(Path("/proc/cpuinfo")).split(),
     }
 
