@@ -63,6 +63,13 @@ def cpu_flags() -> list[str]:
     return [f for f in _FLAGS if f in words]
 
 
+def _int8_overflows() -> bool:
+    """Whether ONNX Runtime's products of uint8 by int8 are wrong where both are large: without VNNI they are made of
+    VPMADDUBSW, which adds two products up in 16 bits, saturating (ONNX Runtime, "Quantize ONNX models", U8S8)."""
+    flags = cpu_flags()
+    return "avx2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags)
+
+
 def machine() -> dict[str, str]:
     """Facts for a person to read, in order."""
     facts = {
@@ -73,6 +80,10 @@ def machine() -> dict[str, str]:
         "instruction sets": ", ".join(cpu_flags()) or "unknown",
         "own kernels": describe_kernels(),
     }
+    if _int8_overflows():
+        facts["int8 products"] = (
+            "ONNX Runtime's add pairs up in 16 bits on this processor and lose what is above; our own kernels do not"
+        )
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
     facts |= jetson_facts()

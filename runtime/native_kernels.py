@@ -19,6 +19,7 @@ from edgevl.runtime.bundle import NATIVE_DECODER, NATIVE_ROLES, Bundle
 from edgevl.runtime.errors import EngineError, InputError
 
 __all__ = [
+    "INSTRUCTIONS",
     "SWITCH",
     "describe_kernels",
     "has_int8_kernels",
@@ -29,7 +30,8 @@ __all__ = [
     "uses_native_kernels",
 ]
 
-SWITCH = "EDGEVL_KERNELS"  # environment: "off" leaves the kernels out
+SWITCH = "EDGEVL_KERNELS"  # environment: "off" leaves the kernels out, one of INSTRUCTIONS all others
+INSTRUCTIONS = ("avx512-vnni", "avx-vnni", "avx2", "neon-dotprod")
 _NAME = "_kernels*.so"
 _INT8 = "edgevl_int8_instructions"
 _NEWEST = "edgevl_normalize"  # what a library of older sources has not, which may lack operators of today's bundles
@@ -103,8 +105,10 @@ def memory_reader() -> Callable[[np.ndarray], object]:
 
 @cache
 def _find(switch: str) -> tuple[Path | None, str]:
-    if switch not in ("", "on", "off"):
-        raise InputError(f"the environment's {SWITCH} is {switch!r}, expected on or off")
+    if switch not in ("", "on", "off", *INSTRUCTIONS):
+        raise InputError(
+            f"the environment's {SWITCH} is {switch!r}, expected on, off or one of {', '.join(INSTRUCTIONS)}"
+        )
     if switch == "off":
         return None, f"{SWITCH} is off"
     path = next(iter(sorted(Path(__file__).parent.glob(_NAME))), None)
@@ -114,6 +118,12 @@ def _find(switch: str) -> tuple[Path | None, str]:
         known, _ = _instructions(path), ctypes.CDLL(str(path))[_NEWEST]
     except (OSError, AttributeError) as e:
         return None, f"{path.name} cannot be loaded ({e}); install edgevl again"
+    if switch in INSTRUCTIONS:
+        return (
+            (path, "")
+            if known
+            else (None, f"{SWITCH} is {switch}, which this processor does not have or the library does not know")
+        )
     return (path, "") if known else (None, "this processor has none of the instructions that they know")
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from edgevl.runtime import native_kernels
 from edgevl.runtime.errors import EngineError
-from edgevl.runtime.native_kernels import native_library
+from edgevl.runtime.native_kernels import INSTRUCTIONS, SWITCH, has_int8_kernels, native_library
 
-KERNELS = ("avx512-vnni", "avx-vnni", "avx2", "neon-dotprod")
+KERNELS = INSTRUCTIONS
 EPSILON = 2.0**-24  # half a unit in the last place of float32, relative
 SMALLEST_SCALE = 1e-30  # of activations: below, a block counts as zeros (runtime/native/nbits.h)
 
@@ -130,6 +130,20 @@ def usable_library() -> Path:
         return native_library()
     except EngineError as e:
         pytest.skip(str(e))
+
+
+def usable_instructions(int8: bool = False) -> list[str]:
+    """Those of KERNELS that this processor and the library have; `int8`: with products of int8 by int8."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in KERNELS:
+            patch.setenv(SWITCH, name)
+            try:
+                native_library()
+                found += [name] if not int8 or has_int8_kernels() else []
+            except EngineError:
+                continue
+    return found
 
 
 def as_it_is(array: np.ndarray) -> np.ndarray:

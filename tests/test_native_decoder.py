@@ -14,7 +14,7 @@ import onnx
 import pytest
 from checkpoints import DEMO
 from conftest import MakePair
-from native_oracle import usable_library
+from native_oracle import usable_instructions, usable_library
 from quantized import CASES, Recipe, all_by, gptq_config, gptq_tensors, write
 
 from edgevl.export.dialect_native import has_native_decoder
@@ -24,7 +24,7 @@ from edgevl.runtime import VisionLanguageModel, cli
 from edgevl.runtime.bundle import MANIFEST, NATIVE_DECODER, NATIVE_ROLES, Bundle
 from edgevl.runtime.decoding import Decoder
 from edgevl.runtime.engine import open_engine
-from edgevl.runtime.native_kernels import SWITCH, has_int8_kernels, kernel_instructions, uses_native_kernels
+from edgevl.runtime.native_kernels import SWITCH, kernel_instructions, uses_native_kernels
 from edgevl.runtime.ort_engine import OrtEngine
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -46,10 +46,10 @@ def logits(folder: Path, switch: str, monkeypatch: pytest.MonkeyPatch) -> np.nda
     """Of short prompts of their own, and of steps behind two at a time; float32 [rows, vocabulary]."""
     monkeypatch.setenv(SWITCH, switch)
     bundle = Bundle.open(folder)
-    assert uses_native_kernels(bundle) == (switch == "on")
+    assert uses_native_kernels(bundle) == (switch != "off")
     engine = open_engine(bundle, "ort-cpu", threads=1)
     assert isinstance(engine, OrtEngine)
-    assert engine.kernels == (kernel_instructions() if switch == "on" else "")
+    assert engine.kernels == (kernel_instructions() if switch != "off" else "")
     rng, found = np.random.default_rng(3), []
     for tokens in PROMPTS:
         decoder = Decoder(engine, bundle.model, engine.new_cache(64, 2))
@@ -69,11 +69,14 @@ def check_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(folder)
     decoders = [role for role in NATIVE_ROLES.values() if role != NATIVE_ROLES["vision"] and role in bundle.graphs]
     w8a8 = any(node.op_type == "MatMulInt8" for role in decoders for node in graph(folder, role).node)
-    if w8a8 and not has_int8_kernels():
+    instructions = usable_instructions(int8=w8a8)
+    if not instructions:
         pytest.skip("this processor has no kernels for W8A8")
-    ours, theirs = (logits(folder, switch, monkeypatch) for switch in ("on", "off"))
-    errors = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
-    assert np.median(errors) < (0.05 if w8a8 else 3e-6) and errors.max() < 0.06
+    theirs = logits(folder, "off", monkeypatch)
+    for name in instructions:
+        ours = logits(folder, name, monkeypatch)
+        errors = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
+        assert np.median(errors) < (0.05 if w8a8 else 3e-6) and errors.max() < 0.06, name
 
 
 @pytest.fixture(scope="module", params=FORMATS)

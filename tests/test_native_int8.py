@@ -9,21 +9,21 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from native_oracle import norm, resident_kb
+from native_oracle import norm, resident_kb, usable_instructions
 from onnx import TensorProto, helper, numpy_helper
 
-from edgevl.runtime.errors import EdgeVLError
-from edgevl.runtime.native_kernels import has_int8_kernels, native_library
+from edgevl.runtime.native_kernels import SWITCH, kernel_instructions, native_library
+
+USABLE = usable_instructions(int8=True)
+pytestmark = pytest.mark.skipif(not USABLE, reason="no library was built, or it has no int8 for this processor")
 
 
-def unusable() -> str | None:
-    try:
-        return None if has_int8_kernels() else "this processor has no AVX512-VNNI"
-    except EdgeVLError as e:
-        return str(e)
-
-
-pytestmark = pytest.mark.skipif(unusable() is not None, reason=str(unusable()))
+@pytest.fixture(autouse=True, params=USABLE)
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test by every set of instructions that this processor has."""
+    monkeypatch.setenv(SWITCH, request.param)
+    assert kernel_instructions() == request.param
+    return request.param
 
 
 def session(

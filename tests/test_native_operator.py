@@ -14,10 +14,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 from conftest import MakePair
-from native_oracle import Weights, norm, product, random_weights, resident_kb, usable_library
+from native_oracle import Weights, norm, product, random_weights, resident_kb, usable_instructions, usable_library
 from onnx import TensorProto, helper, numpy_helper
 
-from edgevl.runtime import cli, native_kernels
+from edgevl.runtime import cli, native_kernels, openvino_engine
+from edgevl.runtime import doctor as runtime_doctor
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.engine import engine_status, open_engine
 from edgevl.runtime.errors import EngineError, InputError
@@ -370,6 +371,24 @@ def test_switched_off(
     check_reason(f"{SWITCH} is off", bundle, capsys)
 
 
+def test_instructions_that_are_not_here(
+    library: Path, bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = next(name for name in ("neon-dotprod", "avx2") if name not in usable_instructions())
+    monkeypatch.setenv(SWITCH, name)
+    check_reason(f"{SWITCH} is {name}, which this processor does not have or the library does not know", bundle, capsys)
+
+
+def test_instructions_by_name(library: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine has those that the switch names, and with none named the best."""
+    usable = usable_instructions()
+    for name in usable:
+        monkeypatch.setenv(SWITCH, name)
+        assert f"own kernels ({name})" in said(bundle)
+    monkeypatch.delenv(SWITCH)
+    assert f"own kernels ({usable[0]})" in said(bundle)
+
+
 @pytest.mark.parametrize("switch", [None, "", "on"])
 def test_switched_on(
     library: Path,
@@ -391,7 +410,7 @@ def test_a_switch_that_is_neither(
     bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(SWITCH, "maybe")
-    message = f"{SWITCH} is 'maybe', expected on or off"
+    message = f"{SWITCH} is 'maybe', expected on, off or one of avx512-vnni, avx-vnni, avx2, neon-dotprod"
     with pytest.raises(InputError, match=message):
         native_library()
     for name in ("auto", "ort-cpu"):
@@ -425,3 +444,27 @@ def test_a_bundle_without_a_native_decoder_says_nothing_of_them(
     for switch in ("on", "off", "maybe"):
         monkeypatch.setenv(SWITCH, switch)
         assert "own kernels" not in said(opened) + told(opened)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [("avx2 fma", True), ("avx2 avx_vnni", False), ("avx2 avx512f avx512_vnni", False), ("asimddp", False)],
+)
+def test_doctor_says_where_int8_products_of_onnx_runtime_overflow(
+    flags: str, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime_doctor, "_cpuinfo", lambda: f"model name\t: Some CPU\nflags\t\t: fpu {flags}\n")
+    facts = runtime_doctor.machine()
+    assert ("in 16 bits" in facts.get("int8 products", "")) == said
+
+
+@pytest.mark.parametrize("name", ["avx512-vnni", "avx2"])
+def test_openvino_keeps_its_encoder_where_ours_was_not_seen_to_be_faster(
+    library: Path, bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name not in usable_instructions(int8=True):
+        pytest.skip(f"this processor has no {name}")
+    monkeypatch.setenv(SWITCH, name)
+    for tiles in (False, True):
+        monkeypatch.setattr(openvino_engine, "has_int8_tiles", lambda tiles=tiles: tiles)
+        assert openvino_engine.vision_on_openvino(bundle) == (tiles or name != "avx512-vnni")

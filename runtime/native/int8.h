@@ -1,16 +1,17 @@
 /* Products of int8 by int8, and attention of frames in int8: what a vision encoder of W8A8 is made of. */
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 enum {
-    OUTPUTS = 32, /* of one tile of a packed weight */
+    OUTPUTS = 32, /* what rows of a packed weight are padded to: a multiple of a tile's */
     DEPTH = 640,  /* columns of a tile that stay in the first-level cache; rows of x lie in pieces of as many */
 };
 
 /* y = activation(x Wᵀ + bias), x rounded to 8 bits with one scale per row. */
 typedef struct {
-    const int8_t *codes;  /* [padded rows / OUTPUTS, padded columns / 4, OUTPUTS, 4], as `pack` lays them */
+    const int8_t *codes;  /* [padded rows / tile, padded columns / 4, tile, 4], as `pack` lays them */
     const int32_t *sums;  /* [padded rows], of a row's codes: what a step of the zero point adds */
     const float *scales;  /* [rows] */
     const float *bias;    /* [rows], or NULL */
@@ -22,9 +23,9 @@ typedef struct {
 } Int8Weight;
 
 typedef struct {
-    uint8_t *codes;  /* [pieces, rows, DEPTH] */
+    void *codes;     /* [pieces, rows, DEPTH], of `code_bytes` */
     float *scales;   /* [rows] */
-    int32_t *zeros;  /* [rows]: the code of 0, 128 where it is the middle */
+    int32_t *zeros;  /* [rows]: the code of 0 */
     int64_t rows;
 } Int8Rows;
 
@@ -36,7 +37,7 @@ typedef struct {
     int64_t frames, length, heads, dim;
     float scale;
     /* Of every frame and head, laid out by `prepare`: */
-    uint8_t *keys;            /* blocks of KEYS, [padded dim / 4, KEYS, 4]: int8 + 128 */
+    uint8_t *keys;            /* blocks of KEYS, [padded dim / 4, KEYS, 4]: int8 + 128, or int8 */
     int8_t *values;           /* blocks of KEYS, [KEYS / 4, padded dim, 4] */
     float *key_scales;        /* [padded length] */
     float *key_limits;        /* [padded length]: 0, and far below all scores behind the last key */
@@ -48,6 +49,7 @@ enum { KEYS = 128, QUERIES = 64 };
 typedef struct {
     const char *name;
     int (*supported)(void);
+    size_t code_bytes; /* of a number of x */
     /* From ONNX's order [columns, rows] into room for w's codes and sums. */
     void (*pack)(const Int8Weight *w, const int8_t *from, int8_t *codes, int32_t *sums);
     /* Rows [first, last), which x begins with. */
@@ -58,10 +60,14 @@ typedef struct {
     void (*attend)(const Attention *a, int64_t head, int64_t block);
 } Int8Kernels;
 
-extern const Int8Kernels int8_avx512;
+extern const Int8Kernels int8_avx512, int8_avx_vnni, int8_avx2, int8_neon;
+extern const Int8Kernels *const all_int8_kernels[]; /* that were built, best first, then NULL */
+const Int8Kernels *usable_int8_kernels(void);       /* the best of this processor that may be used, or NULL */
+
+static inline int64_t up_to_16(int64_t size) { return (size + 15) / 16 * 16; }
 
 static inline int64_t padded_rows(const Int8Weight *w) { return (w->rows + OUTPUTS - 1) / OUTPUTS * OUTPUTS; }
-static inline int64_t padded_columns(const Int8Weight *w) { return (w->columns + 3) / 4 * 4; }
+static inline int64_t padded_columns(const Int8Weight *w) { return up_to_16(w->columns); }
 static inline int64_t key_blocks(const Attention *a) { return (a->length + KEYS - 1) / KEYS; }
 static inline int64_t padded_length(const Attention *a) { return key_blocks(a) * KEYS; }
-static inline int64_t padded_dim(const Attention *a) { return (a->dim + 15) / 16 * 16; }
+static inline int64_t padded_dim(const Attention *a) { return up_to_16(a->dim); }

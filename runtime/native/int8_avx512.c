@@ -37,7 +37,7 @@ static void round_rows(const Int8Weight *w, const float *x, const Int8Rows *to, 
             const __mmask16 mask = first_of_16(w->columns - k);
             const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, mask ? row + k : row), inverse);
             const __m512i code = _mm512_max_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(scaled), zero), none);
-            uint8_t *piece = to->codes + (k / DEPTH * to->rows + m) * DEPTH;
+            uint8_t *piece = (uint8_t *)to->codes + (k / DEPTH * to->rows + m) * DEPTH;
             _mm_storeu_si128((__m128i *)(piece + k % DEPTH), _mm512_cvtusepi32_epi8(code));
         }
     }
@@ -131,7 +131,7 @@ INLINE void multiply_rows(const Int8Weight *w, const Int8Rows *x, float *y, int6
         fetch_outputs(w->gate ? w->gate + at : NULL, w->rows);
         fetch_outputs(w->residual ? w->residual + at : NULL, w->rows);
     }
-    multiply_tile(w->codes + n * columns + column * OUTPUTS, x->codes + (column / DEPTH * x->rows + m) * DEPTH, steps,
+    multiply_tile(w->codes + n * columns + column * OUTPUTS, (const uint8_t *)x->codes + (column / DEPTH * x->rows + m) * DEPTH, steps,
                   count, sums);
     if (last) store_rows(w, x, y, m, m + count, n, width, sums);
 }
@@ -155,7 +155,7 @@ static void multiply(const Int8Weight *w, const Int8Rows *x, float *y, int64_t f
         }
 }
 
-const Int8Kernels int8_avx512 = {"avx512-vnni", has_avx512_vnni, pack, round_rows, multiply,
+const Int8Kernels int8_avx512 = {"avx512-vnni", has_avx512_vnni, 1, pack, round_rows, multiply,
                                   prepare_keys, attend};
 
 #if defined(__clang__)

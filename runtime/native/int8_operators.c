@@ -13,13 +13,6 @@ enum {
     ROWS_AT_A_TIME = 16, /* to round */
 };
 
-static const Int8Kernels *usable_int8_kernels(void) {
-#ifdef NBITS_X86
-    if (int8_avx512.supported()) return &int8_avx512;
-#endif
-    return NULL;
-}
-
 /* As edgevl_instructions, of these operators. */
 EXPORT const char *edgevl_int8_instructions(void) {
     const Int8Kernels *kernels = usable_int8_kernels();
@@ -94,11 +87,11 @@ static Status *multiply(void *kernel, KernelContext *context) {
                        &call.y));
     if (rows == 0) return NULL;
     call.rounded.rows = rows;
-    const size_t codes = rows * up_to(w->columns, DEPTH), numbers = up_to(rows * sizeof(float), 64);
+    const size_t codes = rows * up_to(w->columns, DEPTH) * node->kernels->code_bytes, numbers = up_to(rows * sizeof(float), 64);
     char *room = aligned_alloc(64, codes + 2 * numbers);
     const char *const no_memory = "edgevl.MatMulInt8: no memory for the rounded rows";
     if (room == NULL) return CreateStatus(api)(ABI_FAIL, no_memory);
-    call.rounded.codes = (uint8_t *)room, call.rounded.scales = (float *)(room + codes);
+    call.rounded.codes = room, call.rounded.scales = (float *)(room + codes);
     call.rounded.zeros = (int32_t *)(room + codes + numbers);
     Status *status = parallel(api, context, round_task, up_to(rows, ROWS_AT_A_TIME) / ROWS_AT_A_TIME, &call);
     if (status == NULL && call.failed) status = CreateStatus(api)(ABI_FAIL, no_memory);

@@ -209,7 +209,7 @@ INLINE Chunk chunk_at(const Weight *w, const Activations *x, int64_t chunk, int6
 INLINE void next_head(const Weight *w, const uint8_t **at, Factors *factors) {
     const uint8_t *head = *at;
     *at += head_bytes(w);
-    fetch_ahead(head, head_bytes(w));
+    for (int64_t i = 0; i < head_bytes(w); i += LINE) fetch_ahead(head + i, LINE);
     factors->zeros = w->zeros == NULL ? NULL : head + scale_bytes(w);
     for (int i = 0; i < weight_units(w) * TILE; i += LANES)
         store_floats(factors->scales + i,

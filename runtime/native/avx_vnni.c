@@ -2,5 +2,5 @@
 #include "nbits.h"
 #ifdef NBITS_AVX_VNNI
 #define AVX_VNNI
-#include "nbits_avx2.c"
+#include "avx2.c"
 #endif

@@ -4,10 +4,15 @@
 #include <arm_neon.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __linux__
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#elif defined(__linux__)
 #include <sys/auxv.h>
 #ifndef HWCAP_ASIMDDP /* by the C library, or not */
 #define HWCAP_ASIMDDP (1 << 20)
+#endif
+#ifndef HWCAP2_I8MM
+#define HWCAP2_I8MM (1 << 13)
 #endif
 #endif
 
@@ -44,6 +49,19 @@ INLINE Ints dot_lane(Ints sums, Bytes codes, Columns x, int lane, int bits) {
     }
 }
 
+typedef int8_t XCode;
+#define PLACE(column) (column)
+enum { X_ZERO = 0, X_LEAST = -128, X_MOST = 127, WEIGHT_ZERO = 128, INT8_ROWS = 4, WIDE = 1 };
+typedef Bytes Signed;
+
+INLINE Signed load_signed(const int8_t *from) { return vld1q_s8(from); }
+INLINE Signed load_wide(const int8_t *from) { return load_signed(from); }
+INLINE void store_wide(int8_t *to, Signed codes) { vst1q_s8(to, codes); }
+INLINE Ints dot_x(Ints sums, Signed weights, Columns x, int lane) { return dot_lane(sums, weights, x, lane, 8); }
+INLINE Ints dot_keys(Ints sums, Signed keys, Columns q, int lane) { return dot_lane(sums, keys, q, lane, 8); }
+
+INLINE Ints load_ints(const int32_t *from) { return vld1q_s32(from); }
+INLINE void store_ints(int32_t *to, Ints values) { vst1q_s32(to, values); }
 INLINE Ints splat_ints(int32_t value) { return vdupq_n_s32(value); }
 
 INLINE Ints load_zeros(const uint8_t *from, int offset) {
@@ -68,6 +86,8 @@ INLINE Floats load_floats(const float *from) { return vld1q_f32(from); }
 INLINE Floats load_halves(const uint16_t *from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
 INLINE void store_floats(float *to, Floats values) { vst1q_f32(to, values); }
 INLINE Floats to_floats(Ints values) { return vcvtq_f32_s32(values); }
+INLINE Floats lesser(Floats a, Floats b) { return vminq_f32(a, b); }
+INLINE Floats greater(Floats a, Floats b) { return vmaxq_f32(a, b); }
 INLINE float sum_of_lanes(Floats values) { return vaddvq_f32(values); }
 
 INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
@@ -86,6 +106,7 @@ INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
 
 #include "nbits_multiply.h"
 #include "causal_attention.h"
+#include "frame_attention.h"
 
 static int supported(void) {
 #if defined(__APPLE__)
@@ -98,6 +119,20 @@ static int supported(void) {
 }
 
 const Kernels nbits_neon = {"neon-dotprod", supported, PRODUCT_KERNELS, CAUSAL_KERNELS};
+/* Not where products of matrices of int8 are an instruction (FEAT_I8MM), twice as fast: ONNX Runtime has those. */
+static int supported_int8(void) {
+#if defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, NULL, 0) != 0 || !has;
+#elif defined(__linux__)
+    return supported() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) == 0;
+#else
+    return 0;
+#endif
+}
+
+const Int8Kernels int8_neon = {"neon-dotprod", supported_int8, INT8_KERNELS};
 
 #ifdef PUSHED
 #pragma clang attribute pop

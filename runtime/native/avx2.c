@@ -37,6 +37,25 @@ INLINE Ints dot(Ints sums, Bytes codes, Bytes x, int bits) {
     return (void)bits, _mm256_dpbusd_avx_epi32(sums, codes, x);
 }
 
+typedef uint8_t XCode;
+#define PLACE(column) (column)
+enum { X_ZERO = 128, X_LEAST = 0, X_MOST = 255, WEIGHT_ZERO = 0, INT8_ROWS = 6, WIDE = 1 };
+typedef Bytes Signed;
+
+INLINE Signed load_signed(const int8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+INLINE Signed load_wide(const int8_t *from) { return load_signed(from); }
+INLINE void store_wide(int8_t *to, Signed codes) { _mm256_storeu_si256((__m256i *)to, codes); }
+
+/* The empty statement keeps a sum in one register: GCC 12 copies each to another and back in every step. */
+INLINE Ints in_order(Ints sums) {
+    __asm__("" : "+x"(sums));
+    return sums;
+}
+
+INLINE Ints dot_bytes(Ints sums, Bytes codes, Bytes signed_codes) {
+    return in_order(_mm256_dpbusd_avx_epi32(sums, codes, signed_codes));
+}
+
 #else
 
 enum { TILE_ROWS = 4, MANY_UNPACKED = 1, OFFSET = 128 };
@@ -64,16 +83,67 @@ INLINE Ints dot(Ints sums, Bytes codes, Bytes x, int bits) {
     return in_order(_mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
 }
 
+/* Products of int8 by int8 are those of 16 bits: signs would have to be moved for every row. The even and the odd bytes of
+ * four lie two places apart, so that PLACE puts two neighbours there. */
+typedef int16_t XCode;
+enum { X_ZERO = 0, X_LEAST = -128, X_MOST = 127, WEIGHT_ZERO = 0, INT8_ROWS = 4 };
+#define PLACE(column) ((column) % 4 == 1 ? (column) + 1 : (column) % 4 == 2 ? (column) - 1 : (column))
+
+enum { WIDE = 2 };
+typedef struct {
+    Bytes even, odd;
+} Signed;
+
+INLINE Signed load_signed(const int8_t *from) {
+    const Bytes bytes = _mm256_loadu_si256((const __m256i *)from);
+    return (Signed){_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
+}
+
+INLINE Signed load_wide(const int8_t *from) {
+    return (Signed){_mm256_loadu_si256((const __m256i *)from), _mm256_loadu_si256((const __m256i *)from + 1)};
+}
+
+INLINE void store_wide(int8_t *to, Signed codes) {
+    _mm256_storeu_si256((__m256i *)to, codes.even);
+    _mm256_storeu_si256((__m256i *)to + 1, codes.odd);
+}
+
+INLINE Ints dot_words(Ints sums, Signed codes, const XCode *x) {
+    int32_t first, second;
+    memcpy(&first, x, sizeof first);
+    memcpy(&second, x + 2, sizeof second);
+    sums = in_order(_mm256_add_epi32(sums, _mm256_madd_epi16(codes.even, _mm256_set1_epi32(first))));
+    return in_order(_mm256_add_epi32(sums, _mm256_madd_epi16(codes.odd, _mm256_set1_epi32(second))));
+}
+
 #endif
 
 INLINE Columns load_columns(const int8_t *x) { return x; }
 
-INLINE Ints dot_lane(Ints sums, Bytes codes, Columns x, int lane, int bits) {
+INLINE Bytes four_columns(Columns x, int lane) {
     int32_t four;
     memcpy(&four, x + 4 * lane, sizeof four);
-    return dot(sums, codes, _mm256_set1_epi32(four), bits);
+    return _mm256_set1_epi32(four);
 }
 
+INLINE Ints dot_lane(Ints sums, Bytes codes, Columns x, int lane, int bits) {
+    return dot(sums, codes, four_columns(x, lane), bits);
+}
+
+#ifdef AVX_VNNI
+INLINE Ints dot_x(Ints sums, Signed weights, Columns x, int lane) {
+    return dot_bytes(sums, four_columns(x, lane), weights);
+}
+INLINE Ints dot_keys(Ints sums, Signed keys, Columns q, int lane) { return dot_bytes(sums, keys, four_columns(q, lane)); }
+#else
+INLINE Ints dot_x(Ints sums, Signed weights, Columns x, int lane) {
+    return dot_words(sums, weights, (const XCode *)x + 4 * lane);
+}
+INLINE Ints dot_keys(Ints sums, Signed keys, Columns q, int lane) { return dot_x(sums, keys, q, lane); }
+#endif
+
+INLINE Ints load_ints(const int32_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+INLINE void store_ints(int32_t *to, Ints values) { _mm256_storeu_si256((__m256i *)to, values); }
 INLINE Ints splat_ints(int32_t value) { return _mm256_set1_epi32(value); }
 
 INLINE Ints load_zeros(const uint8_t *from, int offset) {
@@ -98,6 +168,8 @@ INLINE Floats load_floats(const float *from) { return _mm256_loadu_ps(from); }
 INLINE Floats load_halves(const uint16_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
 INLINE void store_floats(float *to, Floats values) { _mm256_storeu_ps(to, values); }
 INLINE Floats to_floats(Ints values) { return _mm256_cvtepi32_ps(values); }
+INLINE Floats lesser(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+INLINE Floats greater(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 
 INLINE float sum_of_lanes(Floats values) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
@@ -129,6 +201,7 @@ INLINE void transpose(const uint8_t *from, int64_t stride, Bytes *out) {
 
 #include "nbits_multiply.h"
 #include "causal_attention.h"
+#include "frame_attention.h"
 
 /* F16C and AVX-VNNI are asked of the processor itself: compilers' names for them are younger than their instructions. */
 static int has_avx2(void) {
@@ -145,10 +218,12 @@ static int supported(void) {
 }
 
 const Kernels nbits_avx_vnni = {"avx-vnni", supported, PRODUCT_KERNELS, CAUSAL_KERNELS};
+const Int8Kernels int8_avx_vnni = {"avx-vnni", supported, INT8_KERNELS};
 
 #else
 
 const Kernels nbits_avx2 = {"avx2", has_avx2, PRODUCT_KERNELS, CAUSAL_KERNELS};
+const Int8Kernels int8_avx2 = {"avx2", has_avx2, INT8_KERNELS};
 
 #endif
 
