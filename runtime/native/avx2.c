@@ -26,6 +26,13 @@ typedef const int8_t *Columns;
 
 /* ------------------------------------------------------------------------------------------------- sums of products */
 
+/* GCC 12 would first make all the terms of a sum, more than there are registers, and then add them; or copy each sum to
+ * another register and back in every step. */
+INLINE Ints in_order(Ints sums) {
+    __asm__("" : "+x"(sums));
+    return sums;
+}
+
 #ifdef AVX_VNNI
 
 enum { TILE_ROWS = 4, MANY_UNPACKED = 0, OFFSET = 0 };
@@ -46,12 +53,6 @@ INLINE Signed load_signed(const int8_t *from) { return _mm256_loadu_si256((const
 INLINE Signed load_wide(const int8_t *from) { return load_signed(from); }
 INLINE void store_wide(int8_t *to, Signed codes) { _mm256_storeu_si256((__m256i *)to, codes); }
 
-/* The empty statement keeps a sum in one register: GCC 12 copies each to another and back in every step. */
-INLINE Ints in_order(Ints sums) {
-    __asm__("" : "+x"(sums));
-    return sums;
-}
-
 INLINE Ints dot_bytes(Ints sums, Bytes codes, Bytes signed_codes) {
     return in_order(_mm256_dpbusd_avx_epi32(sums, codes, signed_codes));
 }
@@ -69,12 +70,6 @@ INLINE Ints finish(Ints d, Ints sums, int bits) {
     return bits == 4 ? _mm256_add_epi32(d, _mm256_madd_epi16(sums, _mm256_set1_epi16(1))) : sums;
 }
 
-/* GCC would first make all the terms of a sum, more than there are registers, and then add them. */
-INLINE Ints in_order(Ints sums) {
-    __asm__("" : "+x"(sums));
-    return sums;
-}
-
 /* Two products of 8-bit codes fit into 16 bits only when the codes are signed, 2 × 128 × 127; the instruction wants one
  * side unsigned, so the sign of the codes goes over to x. */
 INLINE Ints dot(Ints sums, Bytes codes, Bytes x, int bits) {
@@ -83,13 +78,11 @@ INLINE Ints dot(Ints sums, Bytes codes, Bytes x, int bits) {
     return in_order(_mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
 }
 
-/* Products of int8 by int8 are those of 16 bits: signs would have to be moved for every row. The even and the odd bytes of
- * four lie two places apart, so that PLACE puts two neighbours there. */
+/* Products of int8 by int8 are those of 16 bits: signs would have to be moved for every row. What is even and what is odd
+ * among four bytes becomes two words, which PLACE makes those of neighbours. */
 typedef int16_t XCode;
-enum { X_ZERO = 0, X_LEAST = -128, X_MOST = 127, WEIGHT_ZERO = 0, INT8_ROWS = 4 };
 #define PLACE(column) ((column) % 4 == 1 ? (column) + 1 : (column) % 4 == 2 ? (column) - 1 : (column))
-
-enum { WIDE = 2 };
+enum { X_ZERO = 0, X_LEAST = -128, X_MOST = 127, WEIGHT_ZERO = 0, INT8_ROWS = 4, WIDE = 2 };
 typedef struct {
     Bytes even, odd;
 } Signed;
@@ -134,7 +127,9 @@ INLINE Ints dot_lane(Ints sums, Bytes codes, Columns x, int lane, int bits) {
 INLINE Ints dot_x(Ints sums, Signed weights, Columns x, int lane) {
     return dot_bytes(sums, four_columns(x, lane), weights);
 }
-INLINE Ints dot_keys(Ints sums, Signed keys, Columns q, int lane) { return dot_bytes(sums, keys, four_columns(q, lane)); }
+INLINE Ints dot_keys(Ints sums, Signed keys, Columns q, int lane) {
+    return dot_bytes(sums, keys, four_columns(q, lane));
+}
 #else
 INLINE Ints dot_x(Ints sums, Signed weights, Columns x, int lane) {
     return dot_words(sums, weights, (const XCode *)x + 4 * lane);

@@ -58,7 +58,10 @@ static void scale_values(const Attention *a, int64_t head, int64_t block, int64_
     for (int64_t n = 0; n < count; n++) {
         const float *x = head_row(a, head, block * KEYS + n, 2);
         fetch_row(a, head, block * KEYS + n + ROWS_AHEAD, 2);
-        for (int64_t i = 0; i < a->dim; i++) largest[i] = __builtin_fabsf(x[i]) > largest[i] ? __builtin_fabsf(x[i]) : largest[i];
+        for (int64_t i = 0; i < a->dim; i++) {
+            const float magnitude = __builtin_fabsf(x[i]);
+            largest[i] = magnitude > largest[i] ? magnitude : largest[i];
+        }
     }
     for (int64_t i = 0; i < padded_dim(a); i++) {
         scales[i] = largest[i] / 127;

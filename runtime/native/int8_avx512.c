@@ -131,8 +131,8 @@ INLINE void multiply_rows(const Int8Weight *w, const Int8Rows *x, float *y, int6
         fetch_outputs(w->gate ? w->gate + at : NULL, w->rows);
         fetch_outputs(w->residual ? w->residual + at : NULL, w->rows);
     }
-    multiply_tile(w->codes + n * columns + column * OUTPUTS, (const uint8_t *)x->codes + (column / DEPTH * x->rows + m) * DEPTH, steps,
-                  count, sums);
+    const uint8_t *rows = (const uint8_t *)x->codes + (column / DEPTH * x->rows + m) * DEPTH;
+    multiply_tile(w->codes + n * columns + column * OUTPUTS, rows, steps, count, sums);
     if (last) store_rows(w, x, y, m, m + count, n, width, sums);
 }
 

@@ -87,7 +87,8 @@ static Status *multiply(void *kernel, KernelContext *context) {
                        &call.y));
     if (rows == 0) return NULL;
     call.rounded.rows = rows;
-    const size_t codes = rows * up_to(w->columns, DEPTH) * node->kernels->code_bytes, numbers = up_to(rows * sizeof(float), 64);
+    const size_t codes = rows * up_to(w->columns, DEPTH) * node->kernels->code_bytes;
+    const size_t numbers = up_to(rows * sizeof(float), 64);
     char *room = aligned_alloc(64, codes + 2 * numbers);
     const char *const no_memory = "edgevl.MatMulInt8: no memory for the rounded rows";
     if (room == NULL) return CreateStatus(api)(ABI_FAIL, no_memory);
