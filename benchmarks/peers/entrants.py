@@ -47,6 +47,10 @@ class Entrant:
             return f"{self.module} {self.variant}"
         return f"edgevl {folder_name(self.folder)}" + ("" if self.variant == ENGINE else f" {self.variant}")
 
+    def worker(self, *arguments: str) -> list[str]:
+        """The command of a process of its own, see worker.py."""
+        return [str(self.python), "-m", "edgevl.benchmarks.peers.worker", self.module, self.variant, *arguments]
+
 
 def entrants(
     chosen: str, bundles: Sequence[Path], models: Path, environments: Path, engines: str = ENGINE

@@ -22,6 +22,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from edgevl.benchmarks.peers.by_turns import turns
 from edgevl.benchmarks.peers.contract import Measured, ending
 from edgevl.benchmarks.peers.conversions import convert, fingerprint, is_current
 from edgevl.benchmarks.peers.entrants import ENGINE, PEERS, Entrant, entrants, folder_name
@@ -45,10 +46,6 @@ HEAD, ROWS, TABLE, PLOT = "run.json", "results.jsonl", "table.md", "peers.png"
 
 class WorkerError(Exception):
     """A contender's process failed; the message says how, for the table."""
-
-
-def _worker(entrant: Entrant, *arguments: str) -> list[str]:
-    return [str(entrant.python), "-m", "edgevl.benchmarks.peers.worker", entrant.module, entrant.variant, *arguments]
 
 
 def _run(what: str, command: list[str], threads: int, task: str = "") -> str:
@@ -83,7 +80,7 @@ def _prepare(listed: Sequence[Entrant], checkpoint: Path, made_of: str, threads:
         click.echo(f"{entrant.name}: converting {checkpoint.name}", err=True)
 
         def make(folder: Path, entrant: Entrant = entrant) -> None:
-            _run("the conversion", _worker(entrant, "prepare", str(checkpoint), str(folder)), threads)
+            _run("the conversion", entrant.worker("prepare", str(checkpoint), str(folder)), threads)
 
         try:
             convert(checkpoint, entrant.folder, make)
@@ -95,9 +92,8 @@ def _prepare(listed: Sequence[Entrant], checkpoint: Path, made_of: str, threads:
 
 def _measure(entrant: Entrant, task: dict[str, Any]) -> Measured:
     try:
-        printed = _run(
-            "the measurement", _worker(entrant, "measure", str(entrant.folder)), task["threads"], json.dumps(task)
-        )
+        command = entrant.worker("measure", str(entrant.folder))
+        printed = _run("the measurement", command, task["threads"], json.dumps(task))
     except WorkerError as e:
         return Measured(entrant.name, unsupported=str(e))
     return Measured(**{**json.loads(printed.splitlines()[-1]), "contender": entrant.name})
@@ -141,6 +137,7 @@ def _measure(entrant: Entrant, task: dict[str, Any]) -> Measured:
 @click.option("--engines", default=ENGINE, show_default=True, help="Of the bundles: ort-cpu, openvino.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--repeats", default=2, show_default=True, type=click.IntRange(1), help="Measured answers per process.")
+@click.option("--by-turns", is_flag=True, help="All stay open, which takes memory for all; a round is a turn of each.")
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1))
 def main(checkpoint: Path, bundles: tuple[Path, ...], **options: Any) -> None:
     """Measure BUNDLES beside the other programs on CHECKPOINT; ratios are to the first bundle."""
@@ -164,6 +161,7 @@ def _main(checkpoint: Path, bundles: Sequence[Path], options: dict[str, Any]) ->
     head = {
         "processor": cpu_model(), "flags": cpu_flags(), "threads": threads, "checkpoint": folder_name(checkpoint),
         "fingerprint": made_of, "date": datetime.date.today().isoformat(), "repeats": options["repeats"],
+        "by_turns": options["by_turns"],
         "workloads": {w.name: w.describe for w in works},
         "bundles": {folder_name(b): file_sha256(b / MANIFEST)[:16] for b in bundles},
     }  # fmt: skip
@@ -182,7 +180,8 @@ def _main(checkpoint: Path, bundles: Sequence[Path], options: dict[str, Any]) ->
     cores = sorted(os.sched_getaffinity(0))[:threads]
     task = {"threads": threads, "cores": cores, "repeats": options["repeats"]}
     asked = [{"work": asdict(w), "text": texts[w.name], **task} for w in works]
-    rows += _race(racing, works, asked, options["rounds"], rows, results / ROWS)
+    race = _race_by_turns if options["by_turns"] else _race
+    rows += race(racing, works, asked, options["rounds"], rows, results / ROWS)
     # Not kept: the next run tries these conversions again.
     rows += [Row(w.name, 0, Measured(name, unsupported=reason)) for name, reason in failed.items() for w in works]
     head = {**head, "contenders": {e.name: e.kind for e in listed if e.kind}}
@@ -211,6 +210,30 @@ def _race(
                 rows.append(Row(work.name, number, _measure(entrant, task)))
                 append_row(path, rows[-1])
             bar.update()
+    return rows
+
+
+def _race_by_turns(
+    racing: Sequence[Entrant],
+    works: Sequence[Workload],
+    tasks: Sequence[dict[str, Any]],
+    rounds: int,
+    known: Sequence[Row],
+    path: Path,
+) -> list[Row]:
+    """As `_race`. A round that is not known whole is measured again."""
+    done = {(r.workload, r.round, r.measured.contender) for r in known}
+    rows: list[Row] = []
+    with tqdm(total=len(works) * rounds * len(racing), unit="turn", file=sys.stderr, disable=None) as bar:
+        for work, task in zip(works, tasks):
+            left = [n for n in range(rounds) if any((work.name, n, e.name) not in done for e in racing)]
+            bar.update((rounds - len(left)) * len(racing))
+            for number, measured in turns(racing, task, left) if left else ():
+                bar.set_postfix_str(f"{work.name}, {measured.contender}")
+                if (work.name, number, measured.contender) not in done:
+                    rows.append(Row(work.name, number, measured))
+                    append_row(path, rows[-1])
+                bar.update()
     return rows
 
 

@@ -75,7 +75,8 @@ def tables(rows: Sequence[Row], head: dict[str, Any], contenders: Sequence[str])
         if not there:  # of a run that was stopped before it came to this one
             continue
         rounds = len({r.round for r in rows if r.workload == name})
-        title = f"### {name}: {description}; {rounds} rounds of {head['repeats']} requests"
+        how = "turns, all open together," if head.get("by_turns") else "rounds"
+        title = f"### {name}: {description}; {rounds} {how} of {head['repeats']} requests"
         parts += [title, _figures(rows, name, there), _ratios(rows, name, there)]
         parts += _remarks(rows, name, there)
     return "\n\n".join(p for p in parts if p)

@@ -4,6 +4,10 @@ Runs in the peer's environment, where edgevl is installed without its dependenci
 
     python -m edgevl.benchmarks.peers.worker PEER VARIANT prepare CHECKPOINT FOLDER
     python -m edgevl.benchmarks.peers.worker PEER VARIANT measure FOLDER < JSON   (prints one JSON line)
+    python -m edgevl.benchmarks.peers.worker PEER VARIANT turns FOLDER
+
+`turns` reads the JSON from its first line, prints one when the model is open and warm, and another after every line
+that follows, the number of a turn: the contenders of a run stay open together and answer one after the other.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from edgevl.benchmarks.peers.contract import Answer, Contender, Measured, PeerModule, Request, Unsupported
 from edgevl.benchmarks.workloads import Workload
@@ -57,9 +62,16 @@ def _add(into: Measured, answers: list[Answer]) -> None:
 
 
 def measure(
-    name: str, opened: Contender, open_s: float, work: Workload, text: str, repeats: int, warm_up: int = 1
+    name: str,
+    opened: Contender,
+    open_s: float,
+    work: Workload,
+    text: str,
+    repeats: int,
+    warm_up: int = 1,
+    first: int = 0,
 ) -> Measured:
-    """`warm_up` round trips that do not count, and `repeats` that do, each with new pictures.
+    """`warm_up` round trips that do not count, and `repeats` that do, each with new pictures, from the `first` on.
 
     Raises:
         Unsupported: a workload with a video, which no peer is handed.
@@ -70,7 +82,7 @@ def measure(
     result = Measured(name, dict(opened.versions), open_s)
     try:
         for number in range(warm_up + repeats):
-            answers = opened.answer(_requests(work, text, number), work.new_tokens)
+            answers = opened.answer(_requests(work, text, first + number), work.new_tokens)
             for a in answers:
                 if len(a.token_s) != work.new_tokens:
                     raise RuntimeError(f"{name} gave {len(a.token_s)} tokens, {work.new_tokens} were asked for")
@@ -97,22 +109,39 @@ def _work(name: str, variant: str, verb: str, *paths: str) -> None:
     if verb == "prepare":
         module.prepare(Path(paths[0]), Path(paths[1]), variant)
         return
-    task = json.load(sys.stdin)
+    task = json.loads(sys.stdin.readline())
     if task["cores"]:
         os.sched_setaffinity(0, task["cores"])
     out = os.dup(1)  # libraries write to stdout; the result goes to the real one
     os.dup2(2, 1)
-    began = time.perf_counter()
+    for result in _results(module, name, variant, Path(paths[0]), task, verb == "turns"):
+        os.write(out, (json.dumps(asdict(result)) + "\n").encode())
+
+
+def _results(
+    module: PeerModule, name: str, variant: str, folder: Path, task: dict[str, Any], in_turn: bool
+) -> Iterator[Measured]:
+    """One; or one of the warm-up and one for every line of stdin."""
+    began, title, repeats = time.perf_counter(), f"{name} {variant}", task["repeats"]
     try:
-        opened = module.open_model(Path(paths[0]), variant, task["threads"])
-        open_s = time.perf_counter() - began
-        work = Workload(**task["work"])
-        result = measure(f"{name} {variant}", opened, open_s, work, task["text"], task["repeats"])
+        opened = module.open_model(folder, variant, task["threads"])
+    except Unsupported as e:
+        yield Measured(title, unsupported=str(e))
+        return
+    open_s, work = time.perf_counter() - began, Workload(**task["work"])
+
+    def measured(count: int, warm_up: int, first: int) -> Measured:
+        result = measure(title, opened, open_s, work, task["text"], count, warm_up, first)
         if work.pictures and getattr(module, "NO_VISION", False):  # a first token without the picture is no TTFT
             result.ttft_s, result.total_tokens_per_s = [], []
-    except Unsupported as e:
-        result = Measured(f"{name} {variant}", unsupported=str(e))
-    os.write(out, (json.dumps(asdict(result)) + "\n").encode())
+        return result
+
+    if not in_turn:
+        yield measured(repeats, 1, 0)
+        return
+    yield measured(0, 1, 0)
+    for line in sys.stdin:
+        yield measured(repeats, 0, 1 + int(line) * repeats)
 
 
 if __name__ == "__main__":
