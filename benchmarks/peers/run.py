@@ -180,8 +180,11 @@ def _main(checkpoint: Path, bundles: Sequence[Path], options: dict[str, Any]) ->
     cores = sorted(os.sched_getaffinity(0))[:threads]
     task = {"threads": threads, "cores": cores, "repeats": options["repeats"]}
     asked = [{"work": asdict(w), "text": texts[w.name], **task} for w in works]
-    race = _race_by_turns if options["by_turns"] else _race
-    rows += race(racing, works, asked, options["rounds"], rows, results / ROWS)
+    done = {(r.workload, r.round, r.measured.contender) for r in rows}
+    order = _order(list(zip(works, asked)), racing, options["rounds"])
+    missing = [(n, one, entrant) for n, one, entrant in order if (one[0].name, n, entrant.name) not in done]
+    found = _by_turns(missing, racing) if options["by_turns"] else _by_processes(missing)
+    rows += _race(found, len(missing), results / ROWS)
     # Not kept: the next run tries these conversions again.
     rows += [Row(w.name, 0, Measured(name, unsupported=reason)) for name, reason in failed.items() for w in works]
     head = {**head, "contenders": {e.name: e.kind for e in listed if e.kind}}
@@ -192,55 +195,38 @@ def _main(checkpoint: Path, bundles: Sequence[Path], options: dict[str, Any]) ->
     return text
 
 
-def _race(
-    racing: Sequence[Entrant],
-    works: Sequence[Workload],
-    tasks: Sequence[dict[str, Any]],
-    rounds: int,
-    known: Sequence[Row],
-    path: Path,
-) -> list[Row]:
-    """Every process that is not among the known rows; each row is appended to the file as it comes."""
-    done = {(r.workload, r.round, r.measured.contender) for r in known}
+_Asked = tuple[Workload, dict[str, Any]]
+_Turn = tuple[int, _Asked, Entrant]
+
+
+def _race(found: Iterator[Row], count: int, path: Path) -> list[Row]:
+    """All `count` rows; each is appended to the file as it comes."""
     rows: list[Row] = []
-    with tqdm(total=len(works) * rounds * len(racing), unit="process", file=sys.stderr, disable=None) as bar:
-        for number, (work, task), entrant in _order(list(zip(works, tasks)), racing, rounds):
-            bar.set_postfix_str(f"{work.name}, {entrant.name}")
-            if (work.name, number, entrant.name) not in done:
-                rows.append(Row(work.name, number, _measure(entrant, task)))
-                append_row(path, rows[-1])
+    with tqdm(total=count, unit="result", file=sys.stderr, disable=None) as bar:
+        for row in found:
+            rows.append(row)
+            append_row(path, row)
+            bar.set_postfix_str(f"{row.workload}, {row.measured.contender}")
             bar.update()
     return rows
 
 
-def _race_by_turns(
-    racing: Sequence[Entrant],
-    works: Sequence[Workload],
-    tasks: Sequence[dict[str, Any]],
-    rounds: int,
-    known: Sequence[Row],
-    path: Path,
-) -> list[Row]:
-    """As `_race`. A round that is not known whole is measured again."""
-    done = {(r.workload, r.round, r.measured.contender) for r in known}
-    rows: list[Row] = []
-    with tqdm(total=len(works) * rounds * len(racing), unit="turn", file=sys.stderr, disable=None) as bar:
-        for work, task in zip(works, tasks):
-            left = [n for n in range(rounds) if any((work.name, n, e.name) not in done for e in racing)]
-            bar.update((rounds - len(left)) * len(racing))
-            for number, measured in turns(racing, task, left) if left else ():
-                bar.set_postfix_str(f"{work.name}, {measured.contender}")
-                if (work.name, number, measured.contender) not in done:
-                    rows.append(Row(work.name, number, measured))
-                    append_row(path, rows[-1])
-                bar.update()
-    return rows
+def _by_processes(missing: Sequence[_Turn]) -> Iterator[Row]:
+    for number, (work, task), entrant in missing:
+        yield Row(work.name, number, _measure(entrant, task))
 
 
-_Asked = tuple[Workload, dict[str, Any]]
+def _by_turns(missing: Sequence[_Turn], racing: Sequence[Entrant]) -> Iterator[Row]:
+    """In a round of which something is missing all have their turns, so that each ratio is of one round."""
+    wanted = {(work.name, number, entrant.name) for number, (work, _), entrant in missing}
+    for work, task in {work.name: (work, task) for _, (work, task), _ in missing}.values():
+        rounds = sorted({number for name, number, _ in wanted if name == work.name})
+        for number, measured in turns(racing, task, rounds):
+            if (work.name, number, measured.contender) in wanted:
+                yield Row(work.name, number, measured)
 
 
-def _order(asked: Sequence[_Asked], racing: Sequence[Entrant], rounds: int) -> Iterator[tuple[int, _Asked, Entrant]]:
+def _order(asked: Sequence[_Asked], racing: Sequence[Entrant], rounds: int) -> Iterator[_Turn]:
     for number in range(rounds):
         for one in asked:
             for entrant in in_turn(racing, number):

@@ -7,12 +7,13 @@
 #include <math.h>
 
 #include "avx512.h"
-#include "frames.h"
 
-enum { ROWS = 4, MOST_REGISTERS = MOST_DIM / 16 };
+typedef int8_t XCode;
+#define PLACE(column) (column)
+enum { X_ZERO = 128 };
 
 /* int8 codes of `padded` numbers, the largest of which is 127 scales; the scale. */
-INLINE float round_to_int8(const float *x, int64_t padded, int8_t *codes) {
+INLINE float round_head(const float *x, int64_t padded, XCode *codes) {
     __m512 largest = _mm512_set1_ps(1e-30f);
     for (int64_t i = 0; i < padded; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
     const float scale = _mm512_reduce_max_ps(largest) / 127;
@@ -23,32 +24,9 @@ INLINE float round_to_int8(const float *x, int64_t padded, int8_t *codes) {
     return scale;
 }
 
-static int prepare_head_keys(const Attention *a, int64_t head) {
-    const int64_t padded = padded_dim(a), room = padded_length(a);
-    uint8_t *keys = a->keys + head * room * padded;
-    float *scales = a->key_scales + head * room, *limits = a->key_limits + head * room;
-    float mean[MOST_DIM], row[MOST_DIM];
-    float *rotated = aligned_alloc(64, a->length * padded * sizeof(float));
-    int8_t codes[MOST_DIM];
-    if (rotated == NULL) return 0;
-    rotate_keys(a, head, rotated, mean);
-    memset(keys, 128, room * padded);
-    for (int64_t n = 0; n < room; n++) {
-        scales[n] = 0, limits[n] = n < a->length ? 0 : UNSEEN;
-        if (n >= a->length) continue;
-        for (int64_t i = 0; i < padded; i++) row[i] = rotated[n * padded + i] - mean[i];
-        scales[n] = round_to_int8(row, padded, codes);
-        uint8_t *to = keys + n / KEYS * KEYS * padded + n % KEYS * 4;
-        for (int64_t i = 0; i < padded; i += 4) {
-            uint32_t four;
-            memcpy(&four, codes + i, 4);
-            four ^= 0x80808080u; /* int8 + 128 */
-            memcpy(to + i * KEYS, &four, 4);
-        }
-    }
-    free(rotated);
-    return 1;
-}
+#include "frames.h"
+
+enum { ROWS = 4, MOST_REGISTERS = MOST_DIM / 16 };
 
 /* Codes of up to four neighbouring values, padded: [padded dim, 4]. */
 INLINE void interleave_values(const float *const rows[4], const float *inverse, int64_t dim, int8_t *to) {
@@ -63,7 +41,7 @@ INLINE void interleave_values(const float *const rows[4], const float *inverse, 
     }
 }
 
-static void prepare_head_values(const Attention *a, int64_t head) {
+static void prepare_values(const Attention *a, int64_t head) {
     const int64_t padded = padded_dim(a), blocks = key_blocks(a);
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t count = a->length - b * KEYS < KEYS ? a->length - b * KEYS : KEYS;
@@ -90,33 +68,9 @@ static void prepare_head_values(const Attention *a, int64_t head) {
     }
 }
 
-static int prepare_keys(const Attention *a, int64_t head) {
-    prepare_head_values(a, head);
-    return prepare_head_keys(a, head);
-}
-
-/* A block of queries, and what has been seen of their keys so far. */
-typedef struct {
-    int8_t codes[QUERIES][MOST_DIM];
-    int32_t offsets[QUERIES]; /* -128 × the sum of the codes: what the 128 in every code of the keys adds */
-    float scales[QUERIES];    /* with the softmax's own, and to base 2 */
-    float largest[QUERIES], totals[QUERIES];
-    float sums[QUERIES][MOST_DIM];
-} Queries;
-
-static void open_queries(const Attention *a, int64_t head, int64_t first, int64_t count, Queries *q) {
-    const int64_t padded = padded_dim(a), frame = head / a->heads;
-    for (int64_t m = 0; m < QUERIES; m++) {
-        float row[MOST_DIM] = {0};
-        fetch_row(a, head, first + m + ROWS_AHEAD, 0);
-        if (m < count)
-            rotate_row(a, head_row(a, head, first + m, 0), frame * a->length + first + m, a->scale * LOG2_E, row);
-        q->scales[m] = round_to_int8(row, padded, q->codes[m]);
-        q->offsets[m] = 0;
-        for (int64_t i = 0; i < padded; i++) q->offsets[m] -= 128 * q->codes[m][i];
-        q->largest[m] = UNSEEN, q->totals[m] = 0;
-        memset(q->sums[m], 0, padded * sizeof(float));
-    }
+static int prepare_frames(const Attention *a, int64_t head) {
+    prepare_values(a, head);
+    return prepare_keys(a, head);
 }
 
 /* The empty statement keeps a sum in one register: GCC 12 copies each to another and back in every step, a quarter of
@@ -259,10 +213,7 @@ INLINE void attend_in(const Attention *a, int64_t head, int64_t block, int regis
     Queries q;
     open_queries(a, head, first, count, &q);
     for (int64_t b = 0; b < blocks; b++) add_block(a, head, b, &q, count, registers);
-    for (int64_t m = 0; m < count; m++) {
-        float *out = a->out + (head / a->heads * a->length + first + m) * a->heads * a->dim + head % a->heads * a->dim;
-        for (int64_t i = 0; i < a->dim; i++) out[i] = q.sums[m][i] / q.totals[m];
-    }
+    close_queries(a, head, first, count, &q);
 }
 
 static void attend(const Attention *a, int64_t head, int64_t block) {

@@ -9,12 +9,9 @@
  */
 #pragma once
 
-#include "frames.h"
 #include "int8_multiply.h"
 
 enum { FRAME_ROWS = 4 };
-
-/* -------------------------------------------------------------------------------------------------- keys and values */
 
 /* int8 codes of numbers the largest of which is 127 scales; the scale. */
 INLINE float round_head(const float *x, int64_t padded, XCode *restrict codes) {
@@ -24,31 +21,9 @@ INLINE float round_head(const float *x, int64_t padded, XCode *restrict codes) {
     return scale;
 }
 
-static int prepare_keys(const Attention *a, int64_t head) {
-    const int64_t padded = padded_dim(a), room = padded_length(a);
-    uint8_t *keys = a->keys + head * room * padded;
-    float *scales = a->key_scales + head * room, *limits = a->key_limits + head * room;
-    float mean[MOST_DIM], row[MOST_DIM];
-    float *rotated = aligned_alloc(64, a->length * padded * sizeof(float));
-    XCode codes[MOST_DIM];
-    if (rotated == NULL) return 0;
-    rotate_keys(a, head, rotated, mean);
-    memset(keys, X_ZERO, room * padded);
-    for (int64_t n = 0; n < room; n++) {
-        scales[n] = 0, limits[n] = n < a->length ? 0 : UNSEEN;
-        if (n >= a->length) continue;
-        for (int64_t i = 0; i < padded; i++) row[i] = rotated[n * padded + i] - mean[i];
-        scales[n] = round_head(row, padded, codes);
-        uint8_t *to = keys + n / KEYS * KEYS * padded + n % KEYS * 4;
-        for (int64_t i = 0; i < padded; i += 4) {
-            uint8_t four[4];
-            for (int k = 0; k < 4; k++) four[PLACE(k)] = (uint8_t)(codes[i + k] + X_ZERO);
-            memcpy(to + i * KEYS, four, 4);
-        }
-    }
-    free(rotated);
-    return 1;
-}
+#include "frames.h"
+
+/* ----------------------------------------------------------------------------------------------------------- values */
 
 /* Of one block of keys: the scales of its channels, [padded dim], and one over them. */
 static void scale_values(const Attention *a, int64_t head, int64_t block, int64_t count, float *scales,
@@ -90,32 +65,7 @@ static int prepare_frames(const Attention *a, int64_t head) {
     return prepare_keys(a, head);
 }
 
-/* ----------------------------------------------------------------------------------------------------------- queries */
-
-/* A block of queries, and what has been seen of their keys so far. */
-typedef struct {
-    XCode codes[QUERIES][MOST_DIM];
-    int32_t offsets[QUERIES]; /* -X_ZERO × the sum of the codes: what X_ZERO in every code of the keys adds */
-    float scales[QUERIES];    /* with the softmax's own, and to base 2 */
-    float largest[QUERIES], totals[QUERIES];
-    float sums[QUERIES][MOST_DIM];
-} Queries;
-
-static void open_queries(const Attention *a, int64_t head, int64_t first, int64_t count, Queries *q) {
-    const int64_t padded = padded_dim(a), frame = head / a->heads;
-    for (int64_t m = 0; m < QUERIES; m++) {
-        float row[MOST_DIM] = {0};
-        if (m < count) {
-            fetch_row(a, head, first + m + ROWS_AHEAD, 0);
-            rotate_row(a, head_row(a, head, first + m, 0), frame * a->length + first + m, a->scale * LOG2_E, row);
-        }
-        q->scales[m] = round_head(row, padded, q->codes[m]);
-        q->offsets[m] = 0;
-        for (int64_t i = 0; i < padded; i++) q->offsets[m] -= X_ZERO * (int8_t)q->codes[m][i];
-        q->largest[m] = UNSEEN, q->totals[m] = 0;
-        memset(q->sums[m], 0, padded * sizeof(float));
-    }
-}
+/* ------------------------------------------------------------------------------------------------ scores and weights */
 
 /* Of FRAME_ROWS queries and a block of keys. */
 typedef struct {
@@ -174,12 +124,7 @@ INLINE float rough_power(float x) {
     const float whole = __builtin_rintf(x), f = x - whole;
     float y = 0.0558263f * f + 0.2401397f;
     y = y * f + 0.6931471f;
-    y = y * f + 1;
-    int32_t bits;
-    memcpy(&bits, &y, sizeof bits);
-    bits += (int32_t)whole * (1 << 23);
-    memcpy(&y, &bits, sizeof y);
-    return y;
+    return scaled_by_power(y * f + 1, whole);
 }
 
 /* Codes of one query's weights. */
@@ -287,10 +232,7 @@ static void attend_frames(const Attention *a, int64_t head, int64_t block) {
     Queries q;
     open_queries(a, head, first, count, &q);
     for (int64_t b = 0; b < key_blocks(a); b++) add_block(a, head, b, &q, count);
-    for (int64_t m = 0; m < count; m++) {
-        float *out = a->out + (head / a->heads * a->length + first + m) * a->heads * a->dim + head % a->heads * a->dim;
-        for (int64_t i = 0; i < a->dim; i++) out[i] = q.sums[m][i] / q.totals[m];
-    }
+    close_queries(a, head, first, count, &q);
 }
 
 #define INT8_KERNELS sizeof(XCode), pack_int8, round_int8, multiply_int8, prepare_frames, attend_frames

@@ -156,7 +156,7 @@ static void multiply(const Int8Weight *w, const Int8Rows *x, float *y, int64_t f
 }
 
 const Int8Kernels int8_avx512 = {"avx512-vnni", has_avx512_vnni, 1, pack, round_rows, multiply,
-                                  prepare_keys, attend};
+                                  prepare_frames, attend};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -97,6 +97,15 @@ static inline void normalize(const Norm *norm, const float *x, int64_t columns, 
         for (int64_t k = 0; k < columns; k++) to[k] = (x[k] - mean) * factor * weight[k] + bias[k];
 }
 
+/* y × 2^whole, for numbers whose results are normal ones. */
+INLINE float scaled_by_power(float y, float whole) {
+    int32_t bits;
+    memcpy(&bits, &y, sizeof bits);
+    bits += (int32_t)whole * (1 << 23);
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
 /* 2^x within 2e-7 of itself, as a compiler can vectorise it; x beyond ±126 counts as that. */
 INLINE float power_of_two(float x) {
     x = x < -126 ? -126 : x > 126 ? 126 : x;
@@ -108,11 +117,7 @@ INLINE float power_of_two(float x) {
     y = y * f + 2.4022651e-1f;
     y = y * f + 6.9314718e-1f;
     y = y * f + 1;
-    int32_t bits;
-    memcpy(&bits, &y, sizeof bits);
-    bits += (int32_t)whole * (1 << 23);
-    memcpy(&y, &bits, sizeof y);
-    return y;
+    return scaled_by_power(y, whole);
 }
 
 /* x / (1 + e^-x) */
