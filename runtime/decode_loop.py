@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DecodeLoop"]
 
+_STEPS_WHILE_JOINING = 256  # most tokens of a row while another's prompt is read
+
 
 class DecodeLoop:
     """Answers prepared prompts over the rows of a decoder's cache.
@@ -38,6 +40,7 @@ class DecodeLoop:
         self._decoder, self._placeholders, self._prefixes = decoder, placeholders, prefixes
         self._active: list[Row] = []  # row i of the cache belongs to row i here
         self._lookups: dict[Row, PromptLookup] = {}
+        self._joining = False
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -69,7 +72,8 @@ class DecodeLoop:
     def join(self, row: Row, prompt: PreparedPrompt) -> Piece:
         """Prefill a row and let it take part in the steps that follow, unless its first token was its last.
 
-        Where it fails, the other rows go on as if nothing had been.
+        Where it fails, the other rows go on as if nothing had been. In its pauses (`pauses`) they may step, end and
+        leave; a new one may not join.
 
         Raises:
             InputError: as many rows as the cache has are active already.
@@ -78,8 +82,18 @@ class DecodeLoop:
         slot = len(self._active)
         if slot == self.capacity:
             raise InputError(f"{slot} rows are active, as many as the KV cache has; wait for one to end")
-        self._decoder.cache.rewind(slot, row.cached)  # an earlier row may have left its tokens there
-        piece = self._prefill(slot, row, prompt)
+        cache = self._decoder.cache
+        for other in range(slot):  # steps in the pauses must not move what the graph is writing
+            cache.reserve(other, min(_STEPS_WHILE_JOINING, cache.capacity - int(cache.lengths[other])))
+        cache.rewind(slot, row.cached)  # an earlier row may have left its tokens there
+        self._joining = True
+        try:
+            piece = self._prefill(slot, row, prompt)
+        finally:
+            self._joining = False
+        if len(self._active) < slot:  # some ended meanwhile: rows stay contiguous
+            cache.move(slot, len(self._active))
+            slot = len(self._active)
         self._keep(slot, row)  # at once: the next row may begin like this one
         if row.finish_reason is None:
             self._active.append(row)
@@ -89,8 +103,15 @@ class DecodeLoop:
     def step(self) -> list[tuple[Row, Piece]]:
         """The next token of every active row, or several of an only one whose draft was right; rows that end leave.
 
-        A row whose numbers cannot be right leaves without a piece, its `error` set; its neighbours go on."""
-        row = self._active[0]
+        A row whose numbers cannot be right leaves without a piece, its `error` set; its neighbours go on. In the pauses
+        of a row that joins there may be no room for it, and nothing comes."""
+        row, cache = self._active[0], self._decoder.cache
+        if self._joining:
+            if not all(cache.has_room(i, 1) for i in range(len(self._active))):
+                return []
+            pieces = self._step(self._active)
+            self._compact()
+            return pieces
         # GroupQueryAttention takes several new tokens over a filled cache at batch 1 only.
         draft = self._draft(row, self._lookups[row]) if len(self._active) == 1 else np.zeros(0, np.int64)
         pieces = self._check(row, draft, self._lookups[row]) if len(draft) else self._step(self._active)

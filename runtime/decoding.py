@@ -17,6 +17,7 @@ from edgevl.runtime.engine import Engine
 from edgevl.runtime.errors import InputError
 from edgevl.runtime.kv_cache import CacheView, KVCache
 from edgevl.runtime.mrope import rotary_rows
+from edgevl.runtime.pauses import pause
 
 __all__ = ["DEFAULT_PREFILL_CHUNK", "Decoder"]
 
@@ -60,9 +61,9 @@ class Decoder:
         slots = np.flatnonzero(np.isin(ids, self._placeholders)) if len(embeds) else np.zeros(0, np.int64)
         if len(slots) != len(embeds):
             raise InputError(f"{len(embeds)} image embeddings for {len(slots)} placeholders")
-        view = self.cache.view(row, row + 1)
         logits = np.zeros((0, 0), np.float32)
         for start in range(0, len(ids), self._chunk):
+            pause()
             stop = min(start + self._chunk, len(ids))
             here = slice(*np.searchsorted(slots, (start, stop)))
             last = stop == len(ids)
@@ -71,7 +72,7 @@ class Decoder:
             )
             feeds["image_slots"], feeds["image_embeds"] = slots[here] - start, embeds[here]
             feeds["logits_rows"] = np.array([stop - start - 1] if last else [], np.int64)
-            logits = self._engine.prefill.run(feeds, view)["logits"]
+            logits = self._engine.prefill.run(feeds, self.cache.view(row, row + 1))["logits"]
             self.cache.advance(row, stop - start)
         return logits[0]
 

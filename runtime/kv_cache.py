@@ -70,6 +70,11 @@ class KVCache:
         """Rows [start, stop) as one contiguous batch, sharing memory with the cache."""
         return CacheView({name: b[start:stop] for name, b in self._buffers.items()})
 
+    def has_room(self, row: int, count: int) -> bool:
+        """Whether `reserve` would leave all that is in memory where it is; what a graph that runs writes to stays."""
+        rooms = (b.shape[2] for b in self._buffers.values())
+        return int(self.lengths[row]) + count <= min(self.capacity, *rooms)
+
     def reserve(self, row: int, count: int) -> None:
         """Make room for `count` more tokens in `row`.
 

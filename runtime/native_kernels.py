@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from edgevl.runtime.errors import EngineError, InputError
 __all__ = [
     "INSTRUCTIONS",
     "SWITCH",
+    "at_pauses",
     "describe_kernels",
     "has_int8_kernels",
     "kernel_instructions",
@@ -34,8 +36,10 @@ SWITCH = "EDGEVL_KERNELS"  # environment: "off" leaves the kernels out, one of I
 INSTRUCTIONS = ("avx512-vnni", "avx-vnni", "avx2", "neon-dotprod")
 _NAME = "_kernels*.so"
 _INT8 = "edgevl_int8_instructions"
-_NEWEST = "edgevl_normalize"  # what a library of older sources has not, which may lack operators of today's bundles
+_NEWEST = "edgevl_at_pauses"  # what a library of older sources has not, which may lack operators of today's bundles
 _LINE = 64  # bytes of a cache line
+_CALLBACK = ctypes.CFUNCTYPE(None)
+_wanted = threading.local()
 
 
 def native_library() -> Path:
@@ -101,6 +105,19 @@ def memory_reader() -> Callable[[np.ndarray], object]:
     function = ctypes.CDLL(str(native_library())).edgevl_read_memory
     function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
     return lambda array: function(array.ctypes.data, array.nbytes // _LINE * (_LINE // 8))
+
+
+def at_pauses(call: Callable[[], None] | None) -> None:
+    """From now on operators of sessions that this thread runs call `call` before each product; it must not raise. None
+    ends that. Nothing happens where there are no kernels."""
+    try:
+        path, _ = _find(os.environ.get(SWITCH, ""))
+    except InputError:  # which opening the model has told of
+        path = None
+    if path is None:
+        return
+    _wanted.callback = None if call is None else _CALLBACK(call)  # C holds no reference
+    ctypes.CDLL(str(path)).edgevl_at_pauses(_wanted.callback or _CALLBACK())
 
 
 @cache

@@ -51,6 +51,8 @@ class OrtGraph:
             options.enable_profiling, options.profile_file_prefix = True, str(trace)
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        # Workers of one session that go on spinning take cores from another's: a step in a pause of the encoder.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
         options.log_severity_level = 3
         # A memory pattern holds a second copy of a shape's activations beside the arena, and what it holds is not given
         # back by shrinking: prompts and pictures come in all shapes.

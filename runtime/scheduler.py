@@ -3,8 +3,8 @@
     submit -> waiting -> reader: pictures, form -> ready -> worker: vision, prefill, decode steps -> events
 
 The engine is not reentrant, so one worker thread owns the model. Between two decode steps it drops answers that were
-given up and admits requests that are ready, up to `max_batch` rows. The reader is at most two requests ahead: decoded
-pictures are large, encoded ones wait in the queue.
+given up and admits requests that are ready, up to `max_batch` rows; steps go on in the pauses of their passes. The
+reader is at most two requests ahead: decoded pictures are large, encoded ones wait in the queue.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgevl.runtime.errors import EdgeVLError
+from edgevl.runtime.pauses import pauses
 from edgevl.runtime.results import Completion
 from edgevl.runtime.sampling import GenerationConfig
 from edgevl.runtime.serve_metrics import Metrics
@@ -231,10 +232,7 @@ class Scheduler:
 
     def _work(self) -> None:
         while not self._stop:
-            for row, job in [*self._running.items()]:
-                if job.cancelled.is_set():
-                    self._loop.leave(row)
-                    self._leave(row)
+            self._drop_cancelled()
             self._admit()
             if self._running:
                 self._step()
@@ -242,9 +240,21 @@ class Scheduler:
             self._loop.leave(row)
             self._leave(row, Failed(_given_up()))
 
+    def _drop_cancelled(self) -> None:
+        for row, job in [*self._running.items()]:
+            if job.cancelled.is_set():
+                self._loop.leave(row)
+                self._leave(row)
+
+    def _go_on(self) -> None:
+        """Answers being written, while the pictures and the prompt of another request are read."""
+        self._drop_cancelled()
+        if self._running:
+            self._step()
+
     def _admit(self) -> None:
         """Prefill a request that is ready, where there is a row; one at a time, so that running answers get a token
-        between two of them. Waits for one only where there is nothing else to do."""
+        between two of them (and in their pauses). Waits for one only where there is nothing else to do."""
         if len(self._running) == self.max_batch:
             return
         try:
@@ -259,9 +269,10 @@ class Scheduler:
     def _join(self, ready: _Ready) -> None:
         job, model = ready.job, self._model
         try:
-            prompt = model.prepare(ready.messages, ready.config.max_new_tokens)
-            row = model.row(prompt, ready.config, started=job.arrived)
-            piece = self._loop.join(row, prompt)
+            with pauses(self._go_on):
+                prompt = model.prepare(ready.messages, ready.config.max_new_tokens)
+                row = model.row(prompt, ready.config, started=job.arrived)
+                piece = self._loop.join(row, prompt)
         except Exception as e:
             self._note(e)
             self._end(job, Failed(e))

@@ -28,6 +28,7 @@ from edgevl.runtime.image_processing import (
     resized_size,
 )
 from edgevl.runtime.mrope import vision_rotary_rows
+from edgevl.runtime.pauses import pause
 from edgevl.runtime.prompt import VisionInput
 from edgevl.runtime.results import VideoInfo
 from edgevl.runtime.video import VideoOptions, VideoPlan, frame_groups, plan_video
@@ -183,6 +184,7 @@ class VisionStage:
         parts = []
         for start in range(0, len(patches), step):
             frames = patches[start : start + step]
+            pause()
             rows = {
                 "rotary_cos": np.broadcast_to(cos, (len(frames), *cos.shape)),
                 "rotary_sin": np.broadcast_to(sin, (len(frames), *sin.shape)),

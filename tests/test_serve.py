@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +14,15 @@ import httpx
 import jsonschema
 import openai
 import pytest
+from native_oracle import usable_library
 from PIL import Image
-from serving import NAME, QUESTIONS, Server, demo_bundle, long, open_model, ours, serving, until, user
+from serving import DEMO, NAME, QUESTIONS, Server, demo_bundle, long, open_model, ours, serving, until, user
 
+from edgevl.export.exporter import ExportOptions, export_bundle
+from edgevl.runtime import pauses
 from edgevl.runtime.results import Completion
-from edgevl.runtime.scheduler import BusyError, Done, Event, Job, Text
+from edgevl.runtime.scheduler import BusyError, Done, Event, Job, Scheduler, Text
+from edgevl.runtime.serve_metrics import Metrics
 
 
 @pytest.fixture(scope="module")
@@ -378,3 +383,46 @@ def test_closing_gives_running_answers_up(bundle: Path) -> None:
         until(lambda: server.scheduler.running == 1)
         assert server.scheduler.close(5)
         assert whole.result().status_code == 503
+
+
+def test_answers_go_on_while_a_picture_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its first pixel and its first word others get theirs; every answer is that of `generate`."""
+    usable_library()
+    monkeypatch.setattr(pauses, "PASS_SHARE", 0)
+    export_bundle(DEMO / "model", tmp_path / NAME, ExportOptions(precision="int8"))
+    with open_model(tmp_path / NAME, image_cache_mb=0) as model:
+        expected = [model.generate(ours("Read the text.", "three-lines.png")).text, *(
+            model.generate(ours("How many stars?"), max_new_tokens=n, eos_token_ids=(-1,)).text for n in (600, 20)
+        )]  # fmt: skip
+        scheduler = Scheduler(model, 3, 8, Metrics())
+        texts: list[list[str]] = [[], [], []]
+        ended, meanwhile = [threading.Event() for _ in range(3)], []
+        prepare = model.prepare
+
+        def watched(*args: Any, **settings: Any) -> Any:
+            rows = [*scheduler._running]
+            before = sum(len(row.tokens) for row in rows)
+            prompt = prepare(*args, **settings)
+            meanwhile.append(sum(len(row.tokens) for row in rows) - before)
+            return prompt
+
+        monkeypatch.setattr(model, "prepare", watched)
+
+        def deliver(number: int, event: Event) -> None:
+            if isinstance(event, Text):
+                texts[number].append(event.text)
+            else:
+                assert isinstance(event, Done), event
+                ended[number].set()
+
+        def ask(number: int, messages: list[dict[str, Any]], **settings: Any) -> None:
+            scheduler.submit(Job(lambda: messages, settings, lambda event: deliver(number, event)))
+
+        for number, tokens in ((1, 600), (2, 20)):
+            ask(number, ours("How many stars?"), max_new_tokens=tokens, eos_token_ids=(-1,))
+            until(lambda number=number: bool(texts[number]))
+        ask(0, ours("Read the text.", "three-lines.png"))
+        assert all(e.wait(20) for e in ended)
+        assert scheduler.close(10)
+    assert ["".join(t) for t in texts] == expected
+    assert meanwhile[-1] > 5

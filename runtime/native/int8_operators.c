@@ -11,6 +11,7 @@ enum {
     NORM = 6, INPUTS = 9,
     TASK_OUTPUTS = 32,   /* a multiple of a tile's */
     ROWS_AT_A_TIME = 16, /* to round */
+    PART_LENGTH = 1024,  /* patches of a frame for each of which its attention has a pause: work goes by their square */
 };
 
 /* As edgevl_instructions, of these operators. */
@@ -76,6 +77,7 @@ static Status *multiply(void *kernel, KernelContext *context) {
     ProductCall call = {.node = node, .weight = node->weight};
     Int8Weight *w = &call.weight;
     int64_t rows = 0;
+    pause_pass();
     if (!node->checked) CHECK(check_sizes(node, context));
     CHECK(input_data(api, context, 0, &call.x));
     CHECK(input_data(api, context, 2, &w->scales));
@@ -178,6 +180,7 @@ typedef struct {
     const Frames *node;
     Attention attention;
     int64_t blocks; /* of queries */
+    int64_t done;   /* blocks of all heads, before the last pause */
     int failed;
 } FramesCall;
 
@@ -189,7 +192,8 @@ static void prepare_task(void *data, size_t i) {
 
 static void attend_task(void *data, size_t i) {
     const FramesCall *call = data;
-    call->node->kernels->attend(&call->attention, (int64_t)i / call->blocks, (int64_t)i % call->blocks);
+    const int64_t task = call->done + (int64_t)i;
+    call->node->kernels->attend(&call->attention, task / call->blocks, task % call->blocks);
 }
 
 static Status *run_frames(const Frames *node, KernelContext *context, FramesCall *call) {
@@ -206,7 +210,13 @@ static Status *run_frames(const Frames *node, KernelContext *context, FramesCall
     call->blocks = up_to(a->length, QUERIES) / QUERIES;
     Status *status = parallel(node->api, context, prepare_task, heads, call);
     if (status == NULL && call->failed) status = CreateStatus(node->api)(ABI_FAIL, no_memory);
-    if (status == NULL) status = parallel(node->api, context, attend_task, heads * call->blocks, call);
+    const int64_t tasks = heads * call->blocks, parts = up_to(a->length, PART_LENGTH) / PART_LENGTH;
+    const int64_t most = up_to(tasks, parts) / parts;
+    for (; status == NULL && call->done < tasks; call->done += most) {
+        const int64_t left = tasks - call->done;
+        pause_pass();
+        status = parallel(node->api, context, attend_task, left < most ? left : most, call);
+    }
     free(memory);
     return status;
 }

@@ -1,0 +1,64 @@
+"""Pauses of a long pass, in which something else may be done: answers that are being written get their next tokens
+while a picture is encoded or a prompt is read (what chunked prefill is for; Agrawal et al., "Taming Throughput-Latency
+Tradeoff in LLM Inference with Sarathi-Serve", OSDI 2024).
+
+A pass comes by `pause` between the chunks of a prompt and between pictures; our own operators come by before each
+product, so that one call of the vision encoder has a hundred pauses. What is done meanwhile runs in the same thread,
+has all cores, and computes what it would have computed otherwise.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from edgevl.runtime.native_kernels import at_pauses
+
+__all__ = ["PASS_SHARE", "pause", "pauses"]
+
+PASS_SHARE = 3  # a pass goes on for so many times as long as the last interruption took
+
+
+class _Thread(threading.local):
+    """What is to be done in this thread's pauses."""
+
+    call: Callable[[], None] | None = None
+    due = 0.0  # perf_counter
+    error: BaseException | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def pauses(call: Callable[[], None]) -> Iterator[None]:
+    """Within it, `call` is called in this thread's pauses, so often that the pass keeps PASS_SHARE parts of the time to
+    one; not from within itself. What it raises is raised at the end, and it is not called again."""
+    if _thread.call is not None:
+        raise RuntimeError("pauses of a pass within pauses")
+    _thread.call, _thread.due, _thread.error = call, 0.0, None
+    at_pauses(pause)
+    try:
+        yield
+    finally:
+        at_pauses(None)
+        error, _thread.call, _thread.error = _thread.error, None, None
+    if error is not None:
+        raise error
+
+
+def pause() -> None:
+    """Do what is to be done, if it is time to. Raises nothing: it may be called from C."""
+    call = _thread.call
+    if call is None or (began := time.perf_counter()) < _thread.due:
+        return
+    _thread.call = None  # products of what is called come by here, too
+    try:
+        call()
+    except BaseException as e:
+        _thread.error = e
+        return
+    ended = time.perf_counter()
+    _thread.call, _thread.due = call, ended + PASS_SHARE * (ended - began)
