@@ -38,7 +38,7 @@ _NAME = "_kernels*.so"
 _INT8 = "edgevl_int8_instructions"
 _NEWEST = "edgevl_at_pauses"  # what a library of older sources has not, which may lack operators of today's bundles
 _LINE = 64  # bytes of a cache line
-_CALLBACK = ctypes.CFUNCTYPE(None)
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int)
 _wanted = threading.local()
 
 
@@ -107,9 +107,9 @@ def memory_reader() -> Callable[[np.ndarray], object]:
     return lambda array: function(array.ctypes.data, array.nbytes // _LINE * (_LINE // 8))
 
 
-def at_pauses(call: Callable[[], None] | None) -> None:
-    """From now on operators of sessions that this thread runs call `call` before each product; it must not raise. None
-    ends that. Nothing happens where there are no kernels."""
+def at_pauses(call: Callable[[], bool] | None) -> None:
+    """From now on operators of sessions that this thread runs call `call` before each product, and fail where it gives
+    False; it must not raise. None ends that. Nothing happens where there are no kernels."""
     try:
         path, _ = _find(os.environ.get(SWITCH, ""))
     except InputError:  # which opening the model has told of

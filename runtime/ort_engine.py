@@ -73,6 +73,7 @@ class OrtGraph:
             raise EngineError(f"{path}: asked for {PROVIDER}, got {self._session.get_providers()}")
         check_signature(path, spec, [i.name for i in self._session.get_inputs()])
         self._run_options = ort.RunOptions()
+        self._run_options.log_severity_level = 4  # what fails is raised
         if shrink_arena:
             # Pictures come in all sizes: without this the largest one's activations stay allocated for ever.
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")

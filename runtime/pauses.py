@@ -35,30 +35,43 @@ _thread = _Thread()
 @contextmanager
 def pauses(call: Callable[[], None]) -> Iterator[None]:
     """Within it, `call` is called in this thread's pauses, so often that the pass keeps PASS_SHARE parts of the time to
-    one; not from within itself. What it raises is raised at the end, and it is not called again."""
+    one; not from within itself. What it raises ends the pass and is raised in its place."""
     if _thread.call is not None:
         raise RuntimeError("pauses of a pass within pauses")
     _thread.call, _thread.due, _thread.error = call, 0.0, None
-    at_pauses(pause)
+    at_pauses(_goes_on)
     try:
         yield
     finally:
         at_pauses(None)
         error, _thread.call, _thread.error = _thread.error, None, None
-    if error is not None:
-        raise error
+        if error is not None:
+            raise error from None  # in the place of the engine's, which says that an operator failed
 
 
 def pause() -> None:
-    """Do what is to be done, if it is time to. Raises nothing: it may be called from C."""
+    """Do what is to be done, if it is time to.
+
+    Raises: what that raises.
+    """
+    if not _goes_on():
+        assert _thread.error is not None
+        raise _thread.error
+
+
+def _goes_on() -> bool:
+    """As `pause`, for C: whether nothing was raised."""
     call = _thread.call
+    if _thread.error is not None:
+        return False
     if call is None or (began := time.perf_counter()) < _thread.due:
-        return
+        return True
     _thread.call = None  # products of what is called come by here, too
     try:
         call()
     except BaseException as e:
         _thread.error = e
-        return
+        return False
     ended = time.perf_counter()
     _thread.call, _thread.due = call, ended + PASS_SHARE * (ended - began)
+    return True

@@ -246,8 +246,14 @@ class Scheduler:
                 self._loop.leave(row)
                 self._leave(row)
 
-    def _go_on(self) -> None:
-        """Answers being written, while the pictures and the prompt of another request are read."""
+    def _go_on(self, joining: Job) -> None:
+        """Answers being written, while the pictures and the prompt of another request are read.
+
+        Raises:
+            BusyError: they need not be read to the end, nobody waits for them.
+        """
+        if self._stop or joining.cancelled.is_set():
+            raise _given_up()
         self._drop_cancelled()
         if self._running:
             self._step()
@@ -269,7 +275,7 @@ class Scheduler:
     def _join(self, ready: _Ready) -> None:
         job, model = ready.job, self._model
         try:
-            with pauses(self._go_on):
+            with pauses(lambda: self._go_on(job)):
                 prompt = model.prepare(ready.messages, ready.config.max_new_tokens)
                 row = model.row(prompt, ready.config, started=job.arrived)
                 piece = self._loop.join(row, prompt)

@@ -21,7 +21,7 @@ from serving import DEMO, NAME, QUESTIONS, Server, demo_bundle, long, open_model
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.runtime import pauses
 from edgevl.runtime.results import Completion
-from edgevl.runtime.scheduler import BusyError, Done, Event, Job, Scheduler, Text
+from edgevl.runtime.scheduler import BusyError, Done, Event, Failed, Job, Scheduler, Text
 from edgevl.runtime.serve_metrics import Metrics
 
 
@@ -426,3 +426,54 @@ def test_answers_go_on_while_a_picture_is_read(tmp_path: Path, monkeypatch: pyte
         assert scheduler.close(10)
     assert ["".join(t) for t in texts] == expected
     assert meanwhile[-1] > 5
+
+
+@pytest.mark.parametrize("how", ["its client leaves", "the server ends"])
+def test_a_picture_that_nobody_waits_for_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    usable_library()
+    monkeypatch.setattr(pauses, "PASS_SHARE", 0)
+    export_bundle(DEMO / "model", tmp_path / NAME, ExportOptions(precision="int8"))
+    reading, decided = threading.Event(), threading.Event()
+    encoded: list[bool] = []
+    with open_model(tmp_path / NAME, image_cache_mb=0) as model:
+        scheduler = Scheduler(model, 2, 8, Metrics())
+        go_on, encode, calls = scheduler._go_on, model._vision.run, [0]
+
+        def watched_pause(joining: Job) -> None:
+            calls[0] += 1
+            if calls[0] == 3:  # one of the encoder's
+                reading.set()
+                assert decided.wait(20)
+            go_on(joining)
+
+        def watched_encoder(*args: Any) -> Any:
+            embeds = encode(*args)
+            encoded.append(True)
+            return embeds
+
+        monkeypatch.setattr(scheduler, "_go_on", watched_pause)
+        monkeypatch.setattr(model._vision, "run", watched_encoder)
+        told: list[Event] = []
+        job = Job(lambda: ours("Read the text.", "line.png"), {}, told.append)
+        scheduler.submit(job)
+        assert reading.wait(20)
+        if how == "its client leaves":
+            job.cancel()
+            decided.set()
+            until(lambda: scheduler.waiting == 0)
+            assert told == [] and scheduler.problem is None
+        else:
+            ending = threading.Thread(target=lambda: (until(lambda: scheduler._stop), decided.set()))
+            ending.start()
+            assert scheduler.close(10)
+            ending.join()
+            (event,) = told
+            assert isinstance(event, Failed) and isinstance(event.error, BusyError)
+        assert calls == [3] and encoded == []
+        if how == "its client leaves":  # and the next one is answered
+            answer: list[Event] = []
+            scheduler.submit(Job(lambda: ours("Read the text.", "line.png"), {"max_new_tokens": 3}, answer.append))
+            until(lambda: bool(answer) and isinstance(answer[-1], Done))
+            assert encoded == [True] and scheduler.close(10)

@@ -77,7 +77,7 @@ static Status *multiply(void *kernel, KernelContext *context) {
     ProductCall call = {.node = node, .weight = node->weight};
     Int8Weight *w = &call.weight;
     int64_t rows = 0;
-    pause_pass();
+    CHECK(pause_pass(api));
     if (!node->checked) CHECK(check_sizes(node, context));
     CHECK(input_data(api, context, 0, &call.x));
     CHECK(input_data(api, context, 2, &w->scales));
@@ -214,8 +214,8 @@ static Status *run_frames(const Frames *node, KernelContext *context, FramesCall
     const int64_t most = up_to(tasks, parts) / parts;
     for (; status == NULL && call->done < tasks; call->done += most) {
         const int64_t left = tasks - call->done;
-        pause_pass();
-        status = parallel(node->api, context, attend_task, left < most ? left : most, call);
+        status = pause_pass(node->api);
+        if (status == NULL) status = parallel(node->api, context, attend_task, left < most ? left : most, call);
     }
     free(memory);
     return status;

@@ -135,7 +135,7 @@ static Status *compute(void *kernel, KernelContext *context) {
     Weight *w = &call.weight;
     const void *order = NULL;
     int64_t rows = 0;
-    pause_pass();
+    CHECK(pause_pass(api));
     if (!node->checked) CHECK(check_inputs(node, context));
     CHECK(input_data(api, context, 0, &call.x));
     CHECK(input_data(api, context, G_IDX, &order));

@@ -168,6 +168,6 @@ static inline int op_version(const CustomOp *op) { (void)op; return 1; }
 #define OPERATOR(name_, inputs_, type_, kind_, create_, compute_, destroy_) \
     OPERATOR_OF(name_, inputs_, type_, kind_, op_one_output, create_, compute_, destroy_)
 
-void pause_pass(void); /* before a product takes its inputs: see pauses.c */
+Status *pause_pass(Api api); /* before a product takes its inputs: see pauses.c */
 
 extern const CustomOp causal_attention, matmul_nbits, matmul_int8, frame_attention;

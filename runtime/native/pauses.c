@@ -1,10 +1,12 @@
 /* What the thread that runs a session wants done between its products; see runtime/pauses.py. */
 #include "operator.h"
 
-static __thread void (*at_pauses)(void);
+static __thread int (*at_pauses)(void);
 
-EXPORT void edgevl_at_pauses(void (*call)(void)) { at_pauses = call; }
+/* What `call` gives: whether the pass goes on; else the operator fails. */
+EXPORT void edgevl_at_pauses(int (*call)(void)) { at_pauses = call; }
 
-void pause_pass(void) {
-    if (at_pauses != NULL) at_pauses();
+Status *pause_pass(Api api) {
+    if (at_pauses == NULL || at_pauses()) return NULL;
+    return CreateStatus(api)(ABI_FAIL, "edgevl: the pass was given up");
 }
