@@ -232,7 +232,7 @@ def _divergence(run: Run) -> Divergence | None:
 
 
 def _gate(run: Run, divergence: Divergence | None, max_kl: float | None) -> None:
-    if max_kl is not None and divergence is not None and divergence.kl > max_kl:
+    if max_kl is not None and divergence is not None and not divergence.kl <= max_kl:
         shutil.rmtree(run.folder)
         raise CheckFailedError(
             f"KL to the original is {divergence.kl:.4f}, at most {max_kl} was asked; nothing was written: try a "

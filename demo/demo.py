@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -61,10 +60,9 @@ def overlap(answer: Completion, case: dict) -> float:
 
 def main() -> None:
     started = time.perf_counter()
-    shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir(parents=True)
+    OUT.mkdir(parents=True, exist_ok=True)
     print("A Qwen2-VL of 6 million parameters, trained for this demo (demo/README.md); precision int8.")
-    report = export_bundle(HERE / "model", OUT / "bundle", ExportOptions(precision="int8"))
+    report = export_bundle(HERE / "model", OUT / "bundle", ExportOptions(precision="int8"), overwrite=True)
     size = sum(p.nbytes for p in report.parts) / 1e6
     print(f"exported demo/model to {short(OUT)}/bundle: {size:.1f} MB in {report.seconds:.1f} s\n")
     cases = json.loads((HERE / "pictures" / "cases.json").read_text(encoding="utf-8"))
