@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from edgevl.runtime.bundle import Bundle
@@ -90,13 +90,17 @@ class Admission:
         engine: str,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         memory_limit: int | str | None = None,
+        capacity: int | None = None,
     ) -> None:
-        """Raises EngineError for a limit on an engine that is not planned for."""
+        """`capacity`: tokens that a row of the KV cache holds; those of the model by default.
+
+        Raises EngineError for a limit on an engine that is not planned for."""
         self._planner, self._limit = Planner(bundle, prefill_chunk), _limit(memory_limit)
         self._active = engine == _PLANNED and memory_limit != OFF
         if self._limit is not None and engine != _PLANNED:
             raise EngineError(f"a memory limit is known for {_PLANNED} only, the engine is {engine}; open without one")
         self._chunk = prefill_chunk
+        self._capacity = capacity or bundle.model.text.max_position_embeddings
         self._factor = bundle.image_processor.factor
         self._patch = bundle.image_processor.patch_size
         self._arena = 0  # of the decoder, which keeps what its largest prefill took
@@ -141,45 +145,51 @@ class Admission:
 
         return largest_that_fits(self._factor**2, height * width, fits)
 
-    def answers(self, prompts: Sequence[PreparedPrompt], new_tokens: int, cached: int = 0) -> None:
+    def answers(self, prompts: Sequence[PreparedPrompt], new_tokens: int, cached: int = 0, spare: int = 0) -> None:
         """Before prompts are prefilled, `cached` tokens of each being in a KV cache already.
+
+        Args:
+            spare: tokens for which the KV cache has memory already, from answers that have ended.
 
         Raises:
             MemoryLimitError: they need more than there is; says what would fit.
         """
         room = self._room()
         lengths = [len(p.ids) - cached for p in prompts]
-        arena = max(self._planner.prefill(n) for n in lengths)
-        if room is not None:
-            needed = self._answer(lengths, new_tokens, arena)
-            if needed > room:
-                raise MemoryLimitError(
-                    f"{'a prompt' if len(lengths) == 1 else f'{len(lengths)} prompts'} of {max(lengths)} tokens with "
-                    f"answers of {new_tokens} needs {shown(needed)}, {shown(room)} are {_whose(self._limit)}; "
-                    f"{self._advice(prompts, lengths, new_tokens, room)}"
-                )
+        planner, most = self._planner, self._capacity - cached
+
+        def needed(lengths: Sequence[int], arena: int) -> int:
+            cache = sum(planner.cache(min(n + new_tokens, most)) for n in lengths) - planner.cache(spare)
+            return max(0, arena - self._arena) + max(0, cache)
+
+        arena = max(planner.prefill(n) for n in lengths)
+        if room is not None and (wanted := needed(lengths, arena)) > room:
+            advice = self._advice(prompts, lengths, lambda lengths, arena: needed(lengths, arena) <= room)
+            raise MemoryLimitError(
+                f"{'a prompt' if len(lengths) == 1 else f'{len(lengths)} prompts'} of {max(lengths)} tokens with "
+                f"answers of {new_tokens} needs {shown(wanted)}, {shown(room)} are {_whose(self._limit)}; {advice}"
+            )
         self._arena = max(self._arena, arena)
 
-    def _answer(self, lengths: Sequence[int], new_tokens: int, arena: int) -> int:
-        return max(0, arena - self._arena) + sum(self._planner.cache(n + new_tokens) for n in lengths)
-
-    def _advice(self, prompts: Sequence[PreparedPrompt], lengths: Sequence[int], new_tokens: int, room: int) -> str:
+    def _advice(
+        self, prompts: Sequence[PreparedPrompt], lengths: Sequence[int], fits: Callable[[Sequence[int], int], bool]
+    ) -> str:
+        """`fits`: whether prompts of so many tokens do, with so many bytes of activations."""
         pixels = [[i.resized_size[0] * i.resized_size[1] for i in p.images] for p in prompts]
         largest = max((n for row in pixels for n in row), default=0)
         tile = self._factor**2
 
-        def fits(limit: int) -> bool:
+        def smaller_fits(limit: int) -> bool:
             spared = [sum((n - min(n, limit)) // tile for n in row) for row in pixels]
             fewer = [n - s for n, s in zip(lengths, spared)]
-            arena = max(self._planner.prefill(n) for n in fewer)
-            return self._answer(fewer, new_tokens, arena) <= room
+            return fits(fewer, max(self._planner.prefill(n) for n in fewer))
 
-        best = largest_that_fits(tile, largest, fits) if largest >= tile else None
+        best = largest_that_fits(tile, largest, smaller_fits) if largest >= tile else None
         if best is not None:
             return f"max_pixels {best} would fit"
         chunk = min(self._chunk, max(lengths))
         while chunk > 64:
             chunk //= 2
-            if self._answer(lengths, new_tokens, self._planner.prefill(chunk)) <= room:
+            if fits(lengths, self._planner.prefill(chunk)):
                 return f"a prefill chunk of {chunk} would fit"
         return "send fewer or shorter prompts, or ask for shorter answers"

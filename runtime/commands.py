@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from edgevl.runtime.chat import ON_FULL
 from edgevl.runtime.engine import ENGINES, GpuOptions, engine_status
 from edgevl.runtime.errors import EdgeVLError, InputError
 from edgevl.runtime.image_cache import DEFAULT_IMAGE_CACHE_MB
+from edgevl.runtime.image_loading import check_source
 from edgevl.runtime.results import Completion
 from edgevl.runtime.run_options import (
     budget_options,
@@ -269,6 +271,8 @@ def chat(bundle: str, **options: Any) -> None:
     check_words("", options["system"])
     with _open(bundle, options) as model:
         session = model.chat(options["system"], options["on_full"])
+        if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is no text is told like any other mistake
+            sys.stdin.reconfigure(errors="surrogateescape")
         if sys.stdin.isatty():
             note("Ask something; /help lists the commands.")
         pending: dict[str, list[str]] = {"images": [], "videos": []}
@@ -323,10 +327,12 @@ def _chat_command(line: str, session: Any, pending: dict[str, list[str]]) -> boo
         return False
     if name in ("/image", "/video"):
         path = argument.strip()
-        if not Path(path).exists() or not path:
-            raise InputError(
-                f"{name} {path}: not found; expected a {'picture' if name == '/image' else 'video or folder of frames'}"
-            )
+        if not path:
+            raise InputError(f"{name} needs a path")
+        if name == "/image":
+            check_source(path)
+        else:
+            check_source(path, "video", folder=True)
         pending["images" if name == "/image" else "videos"].append(path)
         note(f"{path} goes with the next question")
     elif name == "/undo":

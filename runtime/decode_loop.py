@@ -48,6 +48,12 @@ class DecodeLoop:
         return tuple(self._active)
 
     @property
+    def spare(self) -> int:
+        """Tokens that more rows may have without more memory: answers that have ended had them."""
+        cache = self._decoder.cache
+        return cache.held - int(cache.lengths[: len(self._active)].sum())
+
+    @property
     def capacity(self) -> int:
         """Rows that can be active at once."""
         return self._decoder.cache.batch
@@ -83,6 +89,11 @@ class DecodeLoop:
         if slot == self.capacity:
             raise InputError(f"{slot} rows are active, as many as the KV cache has; wait for one to end")
         cache = self._decoder.cache
+        if not self._active:  # a long answer has moved the heads apart, and steps go over all the room between them
+            for other in range(1, self.capacity):
+                cache.rewind(other, 0)
+            cache.rewind(0, row.cached)
+            cache.narrow()
         for other in range(slot):  # steps in the pauses must not move what the graph is writing
             cache.reserve(other, min(_STEPS_WHILE_JOINING, cache.capacity - int(cache.lengths[other])))
         cache.rewind(slot, row.cached)  # an earlier row may have left its tokens there

@@ -72,6 +72,7 @@ class DeviceKVCache(KVCache):
         self._spec, self._pool, self._stream = spec, pool, stream
         self.capacity = capacity
         self.lengths = np.zeros(batch, np.int64)
+        self.held, self._fixed = 0, True
         shapes = {}
         for past, _ in spec.cache:
             tensor = spec.input(past)
@@ -102,6 +103,7 @@ class DeviceKVCache(KVCache):
             self._copy(other._buffers[name], 0, b, 0, used)
         self._stream.synchronize()
         other.lengths[:] = self.lengths
+        other.held = int(other.lengths.sum())
         return other
 
     def read(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -137,7 +139,7 @@ class DeviceKVCache(KVCache):
             pitch = given.shape[1] * token
             self._stream.copy_rows(target, self.capacity * token, given.ctypes.data, pitch, count * token, heads)
         self._stream.synchronize()
-        self.lengths[row] += count
+        self._lengthen(row, count)
 
     def _copy(self, target: DeviceTensor, target_start: int, source: DeviceTensor, start: int, count: int) -> None:
         """`count` tokens of every head of every row, both of one shape but for the rows."""

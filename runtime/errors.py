@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "EdgeVLError",
     "EngineError",
+    "EngineFailedError",
     "InputError",
     "MemoryLimitError",
 ]
@@ -47,6 +48,10 @@ class BundleError(EdgeVLError):
 
 class EngineError(EdgeVLError):
     """An engine or provider that is not available, or numbers from it that cannot be right."""
+
+
+class EngineFailedError(EngineError):
+    """A call of an engine that failed while it ran; the next one may, too."""
 
 
 class CheckFailedError(EdgeVLError):

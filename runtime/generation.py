@@ -115,7 +115,7 @@ class VisionLanguageModel:
         self._builder = PromptBuilder(self.tokenizer, template, self.config, trusted=(*GROUNDING_TOKENS, *POINT_TOKENS))
         self.image_cache = ImageCache(int(image_cache_mb * 1e6))
         self.prefix_cache = PrefixCache(int(prefix_cache_mb * 1e6)) if prefix_cache_mb else None
-        self._admission = Admission(bundle, engine.name, prefill_chunk, memory_limit)
+        self._admission = Admission(bundle, engine.name, prefill_chunk, memory_limit, self.capacity)
         admit = self._admission.picture
         self._vision = VisionStage(engine.vision, self.config, bundle.image_processor, self.image_cache, admit)
         ids = (self.tokenizer.token_to_id(t) for t in (*GROUNDING_TOKENS, *POINT_TOKENS))
@@ -340,10 +340,16 @@ class VisionLanguageModel:
             InputError: messages or pictures that cannot be used.
             CapacityError: the prompt is longer than the KV cache.
         """
+        expected, exact = self._vision.least_grids(collect_vision(messages))
+        prompt = self._builder.build(messages, expected)
+        if check_length:  # before seconds go into pictures
+            pictures = sum(g.tokens(self.config.vision.spatial_merge_size) for g in expected)
+            self.check_length(len(prompt.input_ids), pictures, at_least=not exact)
         images = self.encode_vision(messages, answer_tokens)
-        prompt = self._builder.build(messages, [i.grid for i in images])
-        if check_length:
-            self.check_length(len(prompt.input_ids), sum(len(i.embeds) for i in images))
+        if (grids := [i.grid for i in images]) != expected:
+            prompt = self._builder.build(messages, grids)
+            if check_length:
+                self.check_length(len(prompt.input_ids), sum(len(i.embeds) for i in images))
         positions = position_ids(
             prompt.input_ids,
             [i.grid for i in images],
@@ -370,7 +376,8 @@ class VisionLanguageModel:
         started: float | None = None,
     ) -> Stream:
         """Answer a prepared prompt whose first `cached` tokens are already in row 0 of the decoder's cache."""
-        row = self.row(prompt, config, cached, started)
+        cache = decoder.cache
+        row = self.row(prompt, config, cached, started, spare=cache.held - cached)
         return Stream(self._pieces(self._loop(decoder).run([row], [prompt])), row)
 
     def stream_prompts(
@@ -389,14 +396,19 @@ class VisionLanguageModel:
                 self._check_open()  # the next step needs the engine
 
     def row(
-        self, prompt: PreparedPrompt, config: GenerationConfig, cached: int = 0, started: float | None = None
+        self,
+        prompt: PreparedPrompt,
+        config: GenerationConfig,
+        cached: int = 0,
+        started: float | None = None,
+        spare: int = 0,
     ) -> Row:
-        """One answer, not begun, for `DecodeLoop.join`.
+        """One answer, not begun, for `DecodeLoop.join`; `spare` is that of the loop, where it has answered before.
 
         Raises:
             CapacityError: there is no memory for it.
         """
-        self._admission.answers([prompt], config.max_new_tokens, cached)
+        self._admission.answers([prompt], config.max_new_tokens, cached, spare)
         return self._row(prompt, config, time.perf_counter() if started is None else started, 0, cached)
 
     def decode_loop(self, rows: int) -> DecodeLoop:
@@ -415,8 +427,11 @@ class VisionLanguageModel:
     def _placeholder_ids(self) -> tuple[int, int]:
         return self.config.tokens.image_token_id, self.config.tokens.video_token_id
 
-    def check_length(self, length: int, image_tokens: int, hint: str = "shorten the prompt") -> None:
-        """Refuse a prompt of `length` tokens, of which `image_tokens` are pictures, that leaves no room for an answer.
+    def check_length(
+        self, length: int, image_tokens: int, hint: str = "shorten the prompt", at_least: bool = False
+    ) -> None:
+        """Refuse a prompt of `length` tokens (or more), of which `image_tokens` are pictures, that leaves no room for
+        an answer.
 
         Raises:
             CapacityError: by how much, and what could be done.
@@ -430,6 +445,6 @@ class VisionLanguageModel:
             advice.append(f"open with a larger capacity (up to {self.config.text.max_position_embeddings})")
         advice.append(hint)
         raise CapacityError(
-            f"the prompt is {length} tokens, {length - self.capacity + 1} more than the KV cache of {self.capacity} "
-            f"takes with an answer; {', or '.join(advice)}"
+            f"the prompt is {'at least ' if at_least else ''}{length} tokens, {length - self.capacity + 1} more than "
+            f"the KV cache of {self.capacity} takes with an answer; {', or '.join(advice)}"
         )

@@ -8,10 +8,12 @@ keywords that are known to be cheap is not tried.
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ __all__ = ["GuideProbe"]
 _COSTLY = ("allOf", "format", "multipleOf", "pattern")
 _LONG = 20_000  # characters; thousands of properties are costly too
 _KEPT = 256  # schemas that were tried
+_SLOW_S = 60.0  # for so long a schema that took too long is not tried again; another time the machine may be less busy
 _STARTING_S = 60.0  # for the process to load a vocabulary, on a slow device
 _READY = "ready"
 
@@ -41,39 +44,47 @@ class GuideProbe:
     def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: tuple[int, ...], limit_s: float = 3.0) -> None:
         self._arguments = [str(tokenizer), str(vocab_size), ",".join(map(str, eos_token_ids))]
         self._limit_s = limit_s
-        self._good: OrderedDict[str, None] = OrderedDict()
+        # schema: what is wrong with it, and until when (time.monotonic) that holds
+        self._tried: OrderedDict[str, tuple[str | None, float]] = OrderedDict()
+
+    @staticmethod
+    def is_costly(schema: dict[str, Any]) -> bool:
+        """Whether a schema may be one that takes long."""
+        text = json.dumps(schema)
+        return len(text) > _LONG or any(f'"{word}' in text for word in _COSTLY)
 
     def check(self, schema: dict[str, Any]) -> None:
-        """Try a schema, unless it is cheap or was tried before.
+        """Try a schema, unless it was tried before; in one thread at a time.
 
         Raises:
             InputError: it cannot be used, or takes too long.
             EngineError: the process could not be started.
         """
         text = json.dumps(schema)
-        if text in self._good:
-            self._good.move_to_end(text)
+        told, until = self._tried.get(text, (None, 0.0))
+        if time.monotonic() < until:
+            self._tried.move_to_end(text)
+            if told:
+                raise InputError(told)
             return
-        if len(text) <= _LONG and not any(f'"{word}' in text for word in _COSTLY):
-            return
-        self._try(text)
-        self._good[text] = None
-        if len(self._good) > _KEPT:
-            self._good.popitem(last=False)
+        told, until = self._try(text)
+        self._tried[text] = told, until
+        if len(self._tried) > _KEPT:
+            self._tried.popitem(last=False)
+        if told:
+            raise InputError(told)
 
-    def _try(self, text: str) -> None:
+    def _try(self, text: str) -> tuple[str | None, float]:
         command = [sys.executable, "-m", "edgevl.runtime.guide_probe", *self._arguments]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as p:
             try:
                 if _line(p, _STARTING_S) != _READY:
                     raise EngineError("the process that tries JSON schemas has not started")
-                told = self._ask(p, text)
+                return self._ask(p, text)
             finally:
                 p.kill()
-        if told:
-            raise InputError(told)
 
-    def _ask(self, process: subprocess.Popen[bytes], text: str) -> str | None:
+    def _ask(self, process: subprocess.Popen[bytes], text: str) -> tuple[str | None, float]:
         try:
             if process.stdin is not None:
                 process.stdin.write(text.encode() + b"\n")
@@ -81,12 +92,10 @@ class GuideProbe:
             told = _line(process, self._limit_s)
         except BrokenPipeError:
             told = None
-        if told is None:
-            raise InputError(
-                f"the json_schema takes longer than {self._limit_s:g} s to prepare; simplify its patterns, allOf and "
-                "multipleOf"
-            )
-        return json.loads(told)
+        if told is not None:
+            return json.loads(told), math.inf
+        slow = f"the json_schema takes longer than {self._limit_s:g} s to prepare; simplify its patterns, allOf and "
+        return slow + "multipleOf", time.monotonic() + _SLOW_S
 
 
 def _line(process: subprocess.Popen[bytes], seconds: float) -> str | None:

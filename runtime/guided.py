@@ -45,13 +45,11 @@ class Guide:
     form: str
     grammar: str = field(repr=False)
     eos_token_ids: tuple[int, ...] = field(repr=False)
-    tokenizer: LLTokenizer = field(repr=False, compare=False)
+    matcher: LLMatcher = field(repr=False, compare=False)  # at the beginning of an answer; making one takes a while
 
     def start(self) -> GuideState:
         """The state of a new answer."""
-        from llguidance import LLMatcher
-
-        return GuideState(LLMatcher(self.tokenizer, self.grammar, log_level=_QUIET), self)
+        return GuideState(self.matcher.deep_copy(), self)
 
 
 class GuideState:
@@ -140,7 +138,7 @@ class GuideCompiler:
         wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
         if wrong:
             raise InputError(f"the {kind} {shown} cannot be used: {_one_line(messages[0])}")
-        return Guide(kind, shown, grammar, self._eos, tokenizer)
+        return Guide(kind, shown, grammar, self._eos, LLMatcher(tokenizer, grammar, log_level=_QUIET))
 
     def _prepared(self) -> LLTokenizer:
         if self._tokenizer is None:

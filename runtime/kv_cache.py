@@ -38,6 +38,8 @@ class KVCache:
         spec: the decoder's spec; its `cache` pairs name the buffers.
         capacity: tokens that each row can hold.
 
+    `held` is the largest number of tokens that all rows together have had: their memory is resident, and stays so.
+
     Raises:
         CapacityError: another capacity than the graph's, where it is fixed.
     """
@@ -46,15 +48,16 @@ class KVCache:
         self._spec = spec
         self.capacity = capacity
         self.lengths = np.zeros(batch, np.int64)
+        self.held = 0
         self._memory: dict[str, np.ndarray] = {}  # flat
         self._buffers: dict[str, Any] = {}  # the same, [batch, kv_heads, room, d]
         check_capacity(spec, capacity)
-        fixed = isinstance(spec.input(spec.cache[0][0]).shape[2], int)
+        self._fixed = isinstance(spec.input(spec.cache[0][0]).shape[2], int)
         for past, _ in spec.cache:
             tensor = spec.input(past)
             _, heads, _, dim = tensor.shape
             self._memory[past] = _zeros(batch * int(heads) * capacity * int(dim), np.dtype(tensor.dtype))
-            room = capacity if fixed else min(capacity, _STEP)
+            room = capacity if self._fixed else min(capacity, _STEP)
             self._buffers[past] = self._laid(past, (batch, int(heads), room, int(dim)))
 
     @property
@@ -100,13 +103,34 @@ class KVCache:
                     wide[row, head, :used] = narrow[row, head, :used]
             self._buffers[name] = wide
 
+    def narrow(self) -> None:
+        """Move heads together again, after tokens were forgotten."""
+        if self._fixed:
+            return
+        tokens = max(1, int(self.lengths.max()))
+        for name, wide in self._buffers.items():
+            batch, heads, room, dim = wide.shape
+            least = min(self.capacity, -(-tokens // _STEP) * _STEP)
+            if least >= room:
+                return
+            narrow = self._laid(name, (batch, heads, least, dim))
+            for row in range(batch):  # the first first: where a head goes, no head after it lies
+                used = int(self.lengths[row])
+                for head in range(heads):
+                    narrow[row, head, :used] = wide[row, head, :used]
+            self._buffers[name] = narrow
+
     def _laid(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return self._memory[name][: math.prod(shape)].reshape(shape)
 
     def advance(self, row: int, count: int) -> None:
         """Count `count` tokens that the graph has written to `row`."""
         self.reserve(row, count)
+        self._lengthen(row, count)
+
+    def _lengthen(self, row: int, count: int) -> None:
         self.lengths[row] += count
+        self.held = max(self.held, int(self.lengths.sum()))
 
     def rewind(self, row: int, length: int) -> None:
         """Forget the tokens of `row` from `length` on; what lies beyond is overwritten later, never read."""
@@ -138,7 +162,7 @@ class KVCache:
         start = int(self.lengths[row])
         for name, b in self._buffers.items():
             b[row, :, start : start + count] = tokens[name][:, :count]
-        self.lengths[row] += count
+        self._lengthen(row, count)
 
     def fork(self) -> KVCache:
         """An independent copy; only the used part is copied."""
@@ -148,6 +172,7 @@ class KVCache:
         for name, b in self._buffers.items():
             other._buffers[name][:, :, :used] = b[:, :, :used]
         other.lengths[:] = self.lengths
+        other.held = int(other.lengths.sum())
         return other
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from edgevl.runtime.bundle import OPENVINO_PREFILL, Bundle
 from edgevl.runtime.engine import GraphRunner, usable_cores
-from edgevl.runtime.errors import EngineError
+from edgevl.runtime.errors import EngineError, EngineFailedError
 from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView
 from edgevl.runtime.native_kernels import kernel_instructions, native_role
@@ -128,7 +128,8 @@ class OpenVinoGraph:
         try:
             found = self._request.infer(given, share_inputs=True)
         except RuntimeError as e:
-            raise EngineError(f"graph {self.spec.name!r}: openvino failed: {str(e).splitlines()[-1]}") from None
+            what = f"graph {self.spec.name!r}: openvino failed: {str(e).splitlines()[-1]}"
+            raise EngineFailedError(what) from None
         return {t.name: np.array(found[t.name]) for t in self.spec.outputs}
 
 

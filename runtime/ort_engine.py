@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from edgevl.runtime.bundle import NATIVE_ROLES, Bundle
 from edgevl.runtime.engine import EngineLimits, GraphRunner, usable_cores
-from edgevl.runtime.errors import EngineError, InputError
+from edgevl.runtime.errors import EngineError, EngineFailedError, InputError
 from edgevl.runtime.graph_spec import APPENDED, GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
 from edgevl.runtime.native_kernels import kernel_instructions, native_library, native_role, uses_native_kernels
@@ -104,7 +104,8 @@ class OrtGraph:
         try:
             self._session.run_with_iobinding(binding, self._run_options)
         except Exception as e:
-            raise EngineError(f"graph {self.spec.name!r}: onnxruntime failed: {str(e).splitlines()[0]}") from None
+            what = f"graph {self.spec.name!r}: onnxruntime failed: {str(e).splitlines()[0]}"
+            raise EngineFailedError(what) from None
         # Outputs come in the order in which they were bound: the cache's first, then ours.
         values = binding.get_outputs()[-len(self._outputs) :]
         found = {name: value.numpy() for name, value in zip(self._outputs, values)}

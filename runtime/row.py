@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Row"]
 
+_GROWTH = 64  # tokens of an answer that have room at first
+
 
 class Row:
     """State of one row of a batch.
@@ -43,7 +45,7 @@ class Row:
         self._detokenizer = IncrementalDetokenizer(tokenizer, keep_special=grounding_ids)
         self._stop = StopStrings(config.stop)
         self._guide = None if config.guide is None else config.guide.start()
-        self._seen = np.concatenate([prompt.ids, np.zeros(config.max_new_tokens, np.int64)])
+        self._seen = np.concatenate([prompt.ids, np.zeros(_GROWTH, np.int64)])  # grows with the answer
         self._text: list[str] = []
         self.tokens: list[int] = []
         self.cached = cached
@@ -84,6 +86,8 @@ class Row:
         token = self._sampler.next(logits, self._seen[: prompt + len(self.tokens)])
         if not self.tokens:
             self._first_token_s = time.perf_counter() - self._started
+        if prompt + len(self.tokens) == len(self._seen):
+            self._seen = np.concatenate([self._seen, np.zeros(len(self._seen), np.int64)])
         self._seen[prompt + len(self.tokens)] = token
         self.tokens.append(token)
         ended = token in self.config.eos_token_ids

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgevl.runtime.errors import EdgeVLError
+from edgevl.runtime.errors import EdgeVLError, EngineFailedError
 from edgevl.runtime.pauses import pauses
 from edgevl.runtime.results import Completion
 from edgevl.runtime.sampling import GenerationConfig
@@ -277,7 +277,7 @@ class Scheduler:
         try:
             with pauses(lambda: self._go_on(job)):
                 prompt = model.prepare(ready.messages, ready.config.max_new_tokens)
-                row = model.row(prompt, ready.config, started=job.arrived)
+                row = model.row(prompt, ready.config, started=job.arrived, spare=self._loop.spare)
                 piece = self._loop.join(row, prompt)
         except Exception as e:
             self._note(e)
@@ -329,8 +329,9 @@ class Scheduler:
             job.deliver(event)
 
     def _note(self, error: Exception) -> None:
-        """An unexpected failure of the engine makes the server unhealthy until a call succeeds again."""
-        if not isinstance(error, EdgeVLError):
+        """A failure of the engine makes the server unhealthy until a call succeeds again; numbers that one picture
+        has made infinite do not."""
+        if isinstance(error, EngineFailedError) or not isinstance(error, EdgeVLError):
             self._broken = f"the engine failed: {type(error).__name__}"
 
 

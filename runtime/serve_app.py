@@ -8,6 +8,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -64,7 +65,8 @@ def build_app(settings: ServeSettings, scheduler: Scheduler, reader: MessageRead
     if settings.cors_origins:  # outermost: a browser's preflight has no key, and must see the reason of a refusal
         app = CORSMiddleware(
             app, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
+            expose_headers=["Retry-After"],
         )  # fmt: skip
     return app
 
@@ -76,6 +78,7 @@ class _Api:
         self._settings, self._scheduler, self._reader, self._metrics = settings, scheduler, reader, metrics
         self._model = model_object(settings.model, int(time.time()))
         self._bodies = 0  # being received
+        self._forms = ThreadPoolExecutor(1, "edgevl-serve-forms")  # a schema may take seconds, which no other waits for
 
     async def chat(self, request: Request) -> Any:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -84,16 +87,18 @@ class _Api:
         self._scheduler.check_room()  # before megabytes are read for nothing
         if self._bodies >= self._scheduler.max_batch + self._scheduler.max_queue:
             raise self._scheduler.too_many(f"{self._bodies} requests are being received")
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
         self._bodies += 1
         try:
             body = await _read_body(request, self._settings.max_body_bytes)
+            asked, to_try = await asyncio.to_thread(self._parse, body)  # megabytes of base64
+            del body
+            if to_try:
+                await loop.run_in_executor(self._forms, self._reader.try_form, asked)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         finally:
             self._bodies -= 1
-        asked = await asyncio.to_thread(self._parse, body)  # megabytes of base64
-        del body
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | None]()
 
         def deliver(event: Event) -> None:
             with suppress(RuntimeError):  # the server has ended, and its loop is closed
@@ -103,12 +108,13 @@ class _Api:
         self._scheduler.submit(job)
         return _Answer(job, events, AnswerHead(self._settings.model, asked.include_usage), asked.stream, self.answer)
 
-    def _parse(self, body: bytes) -> ChatRequest:
+    def _parse(self, body: bytes) -> tuple[ChatRequest, bool]:
+        """The request, and whether its form has to be tried first."""
         s = self._settings
         asked = parse_request(parse_json(body), s.model, s.max_tokens, s.files)
         if "json_schema" in asked.generation and find_spec("llguidance") is None:
             raise RequestError("this server has no forms: the package llguidance is missing", "response_format")
-        return asked
+        return asked, self._reader.is_to_try(asked)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model]})

@@ -26,6 +26,7 @@ from edgevl.runtime.stop_signals import StopSignals
 
 __all__ = ["HttpServer", "bind", "serve"]
 
+_KEY_VARIABLE = "EDGEVL_API_KEY"
 _POLL_S = 0.05
 _LAST_WORDS_S = 2  # for answers that were given up to say so to their clients
 
@@ -38,9 +39,9 @@ _LAST_WORDS_S = 2  # for answers that were given up to say so to their clients
     "--api-key",
     "keys",
     multiple=True,
-    envvar="EDGEVL_API_KEY",
     metavar="KEY",
-    help="Ask for this key (repeatable) [default: EDGEVL_API_KEY, which other users of the machine do not see].",
+    help="Ask for this key (repeatable) [default: EDGEVL_API_KEY, which other users of the machine do not see; several "
+    "with spaces between].",
 )
 @click.option("--model-name", metavar="NAME", help="The model's name in requests [default: the bundle's folder].")
 @click.option(
@@ -93,19 +94,20 @@ def serve(bundle: str, **options: Any) -> int:
     body_bytes = options["max_body_mb"] * 1e6
     if not 1 <= body_bytes < math.inf:
         raise InputError(f"--max-body-mb is {options['max_body_mb']}, expected megabytes above 0")
-    if not all(k.strip() and k.isascii() and k.isprintable() for k in options["keys"]):
-        raise InputError("--api-key: an empty key, or one with other characters than ASCII's")
+    if not math.isfinite(options["grace"]):
+        raise InputError(f"--grace is {options['grace']}, expected seconds, 0 or more")
+    keys = _keys(options["keys"])
     opened = Bundle.open(bundle, options["verify_hashes"])
     with closing(bind(options["host"], options["port"])) as listener, _Stop() as stop:
         address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
-        if not address.is_loopback and not options["keys"]:
+        if not address.is_loopback and not keys:
             note(f"edgevl serve: {address} can be reached by other machines, and no --api-key is asked for")
         with _open(opened, options) as model:
             metrics = Metrics()
             reader = MessageReader(model, options["allow_files"], int(body_bytes))
             settings = ServeSettings(
                 model=options["model_name"] or Path(bundle).resolve().name,
-                keys=options["keys"],
+                keys=keys,
                 max_body_bytes=int(body_bytes),
                 max_tokens=min(options["max_new_tokens"], model.capacity),
                 files=options["allow_files"] is not None,
@@ -116,6 +118,17 @@ def serve(bundle: str, **options: Any) -> int:
             server = HttpServer(build_app(settings, scheduler, reader, metrics), listener, options["grace"])
             note(f"edgevl serve: {settings.model} on {server.url}")
             return _until_stopped(server, scheduler, stop, options["grace"])
+
+
+def _keys(given: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys of the options, else those of the environment; an empty variable, which a script has failed to fill, does
+    not open the server to all."""
+    named = "--api-key"
+    if not given and (listed := os.environ.get(_KEY_VARIABLE)) is not None:
+        named, given = _KEY_VARIABLE, tuple(listed.split()) or ("",)
+    if not all(k and k.isascii() and k.isprintable() and " " not in k for k in given):
+        raise InputError(f"{named}: an empty key, or one with spaces or other characters than ASCII's")
+    return given
 
 
 def _rows(model: Any, wanted: int) -> int:

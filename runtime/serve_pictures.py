@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from edgevl.runtime.errors import InputError
+from edgevl.runtime.errors import CapacityError, InputError
 from edgevl.runtime.guide_probe import GuideProbe
 from edgevl.runtime.image_loading import MAX_DECODED_PIXELS, load_image, local_path
 from edgevl.runtime.image_processing import smart_resize
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["MessageReader"]
 
 _LOW_PIXELS = 512 * 512  # of OpenAI's "detail": "low"
-_CHARACTERS_PER_TOKEN = 4  # texts longer than so many times the KV cache are counted before the model is asked
+# Texts longer than so many times the KV cache are counted before the model is asked; much longer ones are refused.
+_CHARACTERS_PER_TOKEN, _MOST_PER_TOKEN = 4, 64
+_SLICE = 2**14  # characters that are counted at once; the other threads wait for the tokenizer
+_SLICE_TOKENS = 16  # that a cut may add
 
 
 class MessageReader:
@@ -58,24 +61,48 @@ class MessageReader:
         """The messages with a decoded picture for every PictureUrl.
 
         Raises:
-            RequestError: a picture that cannot be used, more pixels together than one picture may have, a JSON schema
-                that cannot be used.
+            RequestError: a picture that cannot be used, more pixels together than one picture may have.
             CapacityError: more tokens than the KV cache holds, told before anything is encoded.
         """
         messages = asked.messages
-        if "json_schema" in asked.generation:
-            try:
-                self._probe.check(asked.generation["json_schema"])
-            except InputError as e:
-                raise RequestError(str(e), "response_format") from None
-        texts = [t for m in messages for t in _texts(m["content"])]
-        if sum(map(len, texts)) > _CHARACTERS_PER_TOKEN * self._model.capacity:
-            self._model.check_length(sum(len(self._model.tokenizer.encode(t, specials=False)) for t in texts), 0)
+        self._check_texts([t for m in messages for t in _texts(m["content"])])
         items = [i for m in messages if not isinstance(m["content"], str) for i in m["content"]]
         pictures = sum("image" in i for i in items)
-        self._model.check_length(pictures, pictures)  # a token each, at the very least
+        self._model.check_length(pictures, pictures, at_least=True)  # a token each
         read = self._all(messages)
         return [m if isinstance(m["content"], str) else m | {"content": c} for m, c in zip(messages, read)]
+
+    def is_to_try(self, asked: ChatRequest) -> bool:
+        """Whether `try_form` comes before `read`."""
+        return "json_schema" in asked.generation and self._probe.is_costly(asked.generation["json_schema"])
+
+    def try_form(self, asked: ChatRequest) -> None:
+        """Try the JSON schema of a request, which takes seconds; in one thread at a time.
+
+        Raises:
+            RequestError: it cannot be used, or takes too long.
+        """
+        try:
+            self._probe.check(asked.generation["json_schema"])
+        except InputError as e:
+            raise RequestError(str(e), "response_format") from None
+
+    def _check_texts(self, texts: Sequence[str]) -> None:
+        """Refuse texts that cannot fit the KV cache, before they are made into one prompt."""
+        capacity, characters = self._model.capacity, sum(map(len, texts))
+        if characters > _MOST_PER_TOKEN * capacity:
+            raise CapacityError(
+                f"the messages have {characters} characters, expected at most {_MOST_PER_TOKEN * capacity} for a KV "
+                f"cache of {capacity} tokens; shorten the prompt"
+            )
+        if characters <= _CHARACTERS_PER_TOKEN * capacity:
+            return
+        tokens = 0
+        for text in texts:
+            for start in range(0, len(text), _SLICE):
+                found = len(self._model.tokenizer.encode(text[start : start + _SLICE], specials=False))
+                tokens += found if len(text) <= _SLICE else max(0, found - _SLICE_TOKENS)
+                self._model.check_length(tokens, 0, at_least=True)
 
     def _all(self, messages: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         """The contents, item by item, decoded; an empty list for a text."""
@@ -96,7 +123,7 @@ class MessageReader:
                             "invalid_image",
                         )
                     tokens += self._tokens(picture, item.get("max_pixels"))
-                    self._model.check_length(tokens, tokens)
+                    self._model.check_length(tokens, tokens, at_least=True)
                 items.append(item)
             contents.append(items)
         return contents

@@ -59,9 +59,8 @@ class Failure:
         cls, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None,
         code: str | None = None, headers: dict[str, str] | None = None,
     ) -> Failure:  # fmt: skip
-        return cls(
-            status, {"error": {"message": message, "type": kind, "param": param, "code": code}}, dict(headers or {})
-        )
+        told = {"message": _sendable(message), "type": kind, "param": param and _sendable(param), "code": code}
+        return cls(status, {"error": told}, dict(headers or {}))
 
 
 def failure(error: Exception) -> Failure:
@@ -90,6 +89,11 @@ def model_object(name: str, created: int) -> dict[str, Any]:
 def server_sent_event(value: dict[str, Any]) -> bytes:
     """One event; JSON has no line breaks of its own."""
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _sendable(text: str) -> str:
+    """JSON may bring half of a surrogate pair, which UTF-8 cannot carry."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -6,12 +6,13 @@ A video goes through in groups of frames: decoded, resized, encoded and forgotte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from edgevl.runtime.config import ModelConfig
 from edgevl.runtime.device_tensor import Rows, freeze, join_rows
@@ -80,6 +81,26 @@ class VisionStage:
         self._graph, self._config, self._processor, self._admit = graph, config, processor, admit
         self.cache = ImageCache(0) if cache is None else cache
 
+    def least_grids(self, items: Sequence[VisionInput]) -> tuple[list[VisionGrid], bool]:
+        """The grids that pictures and videos will have, as far as they are known without reading them, the smallest
+        there are for the others; and whether all were known.
+
+        Raises:
+            InputError: a size or option that cannot be.
+        """
+        config, exact = self._processor, True
+        grids = []
+        for item in items:
+            if isinstance(item.source, EncodedImage):
+                grids.append(item.source.grid)
+            elif item.kind == "image" and isinstance(item.source, Image.Image):
+                width, height = resized_size(item.source.size, config, **_options(item))
+                grids.append(VisionGrid(1, height // config.patch_size, width // config.patch_size))
+            else:
+                grids.append(VisionGrid(1, config.merge_size, config.merge_size))
+                exact = False
+        return grids, exact
+
     def encode(self, item: VisionInput, max_tokens: int | None = None) -> EncodedImage:
         """Encode one picture or video of a message; an EncodedImage passes through.
 
@@ -100,12 +121,14 @@ class VisionStage:
         started = time.perf_counter()
         options = _options(item)
         picture = load_image(item.source)
+        pause()
         config = self._processor
         width, height = resized_size(picture.size, config, **options)
         key = picture_key(picture, config, (width, height))
         embeds = self.cache.get(key)
         cached = embeds is not None
         if embeds is None:
+            pause()
             processed = preprocess_image(picture, config, **options)
             self._admit(processed.grid, processed.resized_size)
             done = time.perf_counter()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from edgevl.runtime.errors import CapacityError, InputError
+from edgevl.runtime.errors import CapacityError, InputError, MemoryLimitError
 from edgevl.runtime.results import Completion
 from edgevl.runtime.watch_sources import Frame, Notice, Source
 
@@ -157,6 +157,9 @@ def _answer(
             if stop.is_set():
                 return None
         return stream.completion
+    except MemoryLimitError as e:  # other programs may give back what they have now
+        notice(f"skipped: {e}")
+        return None
     except CapacityError:
         raise
     except InputError as e:  # a picture of an impossible shape must not end a watch

@@ -46,6 +46,7 @@ class Server:
     http: HttpServer
     notes: list[str]
     model: VisionLanguageModel  # the worker's: look, and do not run it
+    reader: MessageReader
 
     def ask(self, body: dict[str, Any], **headers: str) -> httpx.Response:
         return self.client.post("/v1/chat/completions", json={"model": NAME, **body}, headers=headers)
@@ -78,7 +79,7 @@ def serving(
         http = HttpServer(build_app(chosen, scheduler, reader, metrics), listener, grace=5)
         try:
             with httpx.Client(base_url=http.url, timeout=30) as client:
-                yield Server(http.url, client, scheduler, http, notes, model)
+                yield Server(http.url, client, scheduler, http, notes, model, reader)
         finally:
             http.end()
             assert scheduler.close(10)

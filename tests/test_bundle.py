@@ -222,6 +222,33 @@ def test_cache_rows(tiny: Pair) -> None:
     assert cache.nbytes == 3 * 10 * 2 * 16 * 4 * len(spec.cache)
 
 
+def test_heads_move_apart_and_together(tiny: Pair) -> None:
+    """Every token keeps its numbers, wherever its head lies; a copy that never moves says which."""
+    spec, rng = decoder_spec(Bundle.open(tiny.bundle).model), np.random.default_rng(0)
+    cache = KVCache(spec, capacity=1000, batch=3)
+    shape = cache.read(0, 0, 0)[spec.cache[0][0]].shape
+    kept = [{name: np.zeros((shape[0], 0, shape[2]), np.float32) for name, _ in spec.cache} for _ in range(3)]
+    rooms, most = set(), 0
+    for row, count in ((0, 5), (1, 70), (2, 300), (1, 400), (0, -3), (1, -460), (2, -250), (2, 3), (0, 200), (2, -53)):
+        if count > 0:
+            more = {n: rng.standard_normal((shape[0], count, shape[2]), np.float32) for n, _ in spec.cache}
+            cache.append(row, more, count)
+            kept[row] = {n: np.concatenate([kept[row][n], more[n]], axis=1) for n in more}
+        else:
+            cache.rewind(row, int(cache.lengths[row]) + count)
+            kept[row] = {n: b[:, :count] for n, b in kept[row].items()}
+            cache.narrow()
+        most = max(most, int(cache.lengths.sum()))
+        assert cache.held == most
+        room = cache.view(0, 3).buffers[spec.cache[0][0]].shape[2]
+        rooms.add(room)
+        assert int(cache.lengths.max()) <= room and (count > 0 or room - int(cache.lengths.max()) < 64)
+        for i in range(3):
+            for name, numbers in cache.read(i, 0, int(cache.lengths[i])).items():
+                np.testing.assert_array_equal(numbers, kept[i][name])
+    assert len(rooms) > 3
+
+
 def test_cache_guards(tiny: Pair) -> None:
     cache = KVCache(decoder_spec(Bundle.open(tiny.bundle).model), capacity=10)
     cache.advance(0, 10)

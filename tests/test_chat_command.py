@@ -109,6 +109,26 @@ def test_a_picture_that_cannot_be_read_is_put_aside(chat: Chat, tmp_path: Path) 
     assert answers == plain and f"put aside: {tmp_path / 'broken.png'}" in err and "damaged or truncated" in err
 
 
+def test_what_is_no_picture_and_no_text_does_not_end_it(
+    chat: Chat, tmp_path: Path, tiny: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"/image {'x' * 300}", "/image", f"/image {tmp_path}", "/video a\0b", "Read the text."]
+    out, err = chat(lines)
+    assert len(out) == 1 and err.count("edgevl: error:") == 4
+    for told in (
+        "cannot be read (File name too long)",
+        "/image needs a path",
+        "is a folder",
+        "cannot be read (embedded",
+    ):
+        assert told in err, err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nRead the text.\n"), "utf-8"))
+    arguments = ["chat", str(tiny.bundle), "--engine", "ort-cpu", "--threads", "1", "--max-new-tokens", "6"]
+    assert cli.run(arguments) == 0
+    answers, err = capsys.readouterr()
+    assert answers.splitlines() == out and "half of a character" in err
+
+
 def test_full(chat: Chat, photo: Path) -> None:
     lines = [f"/image {photo}", "Read it.", f"/image {photo}", "And this?", "/undo", "Why?"]
     refused, err = chat(lines, "--capacity", "80")

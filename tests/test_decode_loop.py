@@ -97,6 +97,36 @@ def test_a_row_takes_what_it_begins_with_from_one_that_answers(tiny: Pair) -> No
         assert tuple(other.tokens) == alone(model, "three unequal pictures")
 
 
+def test_a_long_answer_leaves_the_next_ones_no_wide_cache(tiny: Pair) -> None:
+    """Steps go over all the room between heads."""
+    with tiny.open() as model:
+        loop, expected = model.decode_loop(3), alone(model, "one picture")
+        cache = loop._decoder.cache
+
+        def room() -> int:
+            return next(iter(cache.view(0, 1).buffers.values())).shape[2]
+
+        long, other = join(model, loop, "text", 200), join(model, loop, "system", 100)
+        while loop.rows:
+            loop.step()
+        assert len(long.tokens) == 200 and len(other.tokens) == 100 and room() >= 256
+        assert loop.spare >= 300
+        row = join(model, loop, "one picture")
+        assert room() == 64 and loop.spare == cache.held - int(cache.lengths[0])
+        while loop.rows:
+            loop.step()
+        assert row.completion().token_ids == expected
+
+
+def test_an_answer_may_be_as_long_as_it_likes(tiny: Pair) -> None:
+    """A limit beyond what the cache and the machine hold costs nothing."""
+    with tiny.open(capacity=200) as model:
+        done = model.generate(CASES["text"], max_new_tokens=10**15, eos_token_ids=(-1,))
+        assert done.finish_reason == "length"
+        assert done.usage.prompt_tokens + done.usage.completion_tokens == 201  # the last token is never fed
+        assert done.token_ids[:24] == alone(model, "text")
+
+
 def test_a_full_loop_says_so_and_goes_on(tiny: Pair) -> None:
     with tiny.open() as model:
         loop = model.decode_loop(1)

@@ -146,6 +146,18 @@ def test_rows_of_a_batch_stand_each_in_their_own_place(model: VisionLanguageMode
     assert [c.text for c in model.generate_batch(asks, json_schema=OBJECT)] == alone
 
 
+def test_a_form_is_prepared_once(model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server does that while other answers are written; a row only begins with it."""
+    guide = model.generation_config(regex="[0-9]{3}").guide
+    monkeypatch.setattr("llguidance.LLMatcher", None)  # nothing is left to be made
+    assert guide is not None
+    first, second = guide.start(), guide.start()
+    digit = model.tokenizer.encode("7", specials=False)[0]
+    for _ in range(2):
+        assert not first.accept(digit)
+    assert first.accept(digit) and first.complete and not second.complete  # each stands in its own place
+
+
 def test_chats_and_pictures(model: VisionLanguageModel) -> None:
     picture = Image.new("RGB", (84, 84), (200, 30, 40))
     chat = model.chat()

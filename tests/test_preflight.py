@@ -327,6 +327,21 @@ def test_a_prompt_that_does_not_fit_is_refused(bundles: dict[str, Path], room: A
             model.generate(text, max_new_tokens=8)
 
 
+def test_a_cache_that_is_there_is_not_asked_for_again(bundles: dict[str, Path], room: Any) -> None:
+    """Of a chat that starts over, and of an answer longer than the KV cache."""
+    words = "a " * 300
+    with VisionLanguageModel.open(bundles["fp32"], "ort-cpu", threads=1, capacity=1000) as model:
+        planner, chat = Planner(model.bundle), model.chat()
+        held = chat.send(words, max_new_tokens=8).usage.prompt_tokens
+        chat.reset()
+        room(planner.cache(64))
+        assert chat.send(words + "b", max_new_tokens=8).usage.cached_tokens < held
+        with pytest.raises(CapacityError, match="a prompt of"):
+            model.chat().send(words, max_new_tokens=8)
+        room(planner.cache(1000))
+        model.generate([{"role": "user", "content": words}], max_new_tokens=10**9, eos_token_ids=range(10**4))
+
+
 def test_nothing_is_refused_where_it_is_off_or_unknown(bundles: dict[str, Path], room: Any) -> None:
     room(1)
     with VisionLanguageModel.open(bundles["fp32"], "ort-cpu", threads=1, memory_limit="off") as model:

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import jsonschema
+import numpy as np
 import openai
 import pytest
 from native_oracle import usable_library
@@ -20,6 +21,7 @@ from serving import DEMO, NAME, QUESTIONS, Server, demo_bundle, long, open_model
 
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.runtime import pauses
+from edgevl.runtime.preflight import Planner
 from edgevl.runtime.results import Completion
 from edgevl.runtime.scheduler import BusyError, Done, Event, Failed, Job, Scheduler, Text
 from edgevl.runtime.serve_metrics import Metrics
@@ -341,6 +343,38 @@ def test_a_broken_engine_is_a_500_without_internals(bundle: Path, monkeypatch: p
         assert any("RuntimeError: secret" in n for n in server.notes)  # whoever runs it is told
         assert server.ask({"messages": user("How many stars?", "count.png")}).status_code == 200
         assert server.client.get("/health").status_code == 200
+
+
+def test_a_call_of_the_engine_that_fails_makes_the_server_ill(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that raises an error of ours, as those of ONNX Runtime do; numbers of one picture that cannot be do not."""
+    with serving(bundle) as server:
+        question = {"messages": user("How many stars?", "count.png")}
+        graph = server.model.engine.vision
+        real = graph.run
+        for run, status in (
+            (lambda feeds, cache=None: real(feeds | {"patches": feeds["patches"][..., :-1]}, cache), 503),
+            (lambda feeds, cache=None: {"image_embeds": real(feeds, cache)["image_embeds"] * np.nan}, 200),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(graph, "run", run)
+                assert server.ask(question).status_code == 500
+            assert server.client.get("/health").status_code == status
+            assert server.ask(question).status_code == 200
+            assert server.client.get("/health").json() == {"status": "ok"}
+            server.model.image_cache.clear()
+
+
+def test_what_a_long_answer_has_taken_is_not_asked_for_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The KV cache keeps its memory. Counted twice, a server that has had one long prompt refuses the next for ever."""
+    with serving(bundle) as server:
+        planner = Planner(server.model.bundle)
+        long = {"messages": user("words " * 400), "max_tokens": 2}
+        used = server.ask(long).json()["usage"]
+        with monkeypatch.context() as patch:
+            patch.setattr("edgevl.runtime.admission.available_bytes", lambda: planner.cache(16))
+            assert server.ask(long).status_code == 200
+            more = server.ask({"messages": user("words " * 600), "max_tokens": 2})
+            assert more.status_code == 503, used
 
 
 def test_a_request_without_memory_may_come_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

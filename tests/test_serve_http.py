@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import socket
 import struct
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -69,7 +72,7 @@ def test_keys(bundle: Path) -> None:
         preflight = {
             "Origin": "https://page.example",
             "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization,content-type",
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang,x-stainless-os",
         }
         allowed = server.client.options(CHAT, headers=preflight)
         assert allowed.status_code == 200 and allowed.headers["Access-Control-Allow-Origin"] == "https://page.example"
@@ -224,12 +227,46 @@ def test_prompts_beyond_the_cache_are_refused_before_anything_is_encoded(server:
     assert "tokens are pictures" in error(refused, 400, "context_length_exceeded")
     dot = encoded(Image.new("RGB", (1, 1)))
     refused = server.ask({"messages": user("How many?", *[dot] * 4200)})
-    assert "the prompt is 4200 tokens" in error(refused, 400, "context_length_exceeded")
+    assert "the prompt is at least 4200 tokens" in error(refused, 400, "context_length_exceeded")
     assert len(server.model.image_cache) == encoded_before
     refused = server.ask({"messages": user("words " * 100_000)})
-    assert "shorten the prompt" in error(refused, 400, "context_length_exceeded")
-    refused = server.ask({"messages": user("words " * 2000)})
-    assert "shorten the prompt" in error(refused, 400, "context_length_exceeded")
+    assert "the messages have 600000 characters, expected at most 262144" in error(
+        refused, 400, "context_length_exceeded"
+    )
+    refused = server.ask({"messages": user("words " * 2000, tiny)})  # its words alone would fit
+    assert re.search(r"the prompt is \d+ tokens.*; lower max_pixels", error(refused, 400, "context_length_exceeded"))
+    assert len(server.model.image_cache) == encoded_before
+
+
+def test_long_texts_are_counted_in_slices(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the tokenizer counts, no other thread gets on; and it stops where it is clear that they do not fit."""
+    lengths: list[int] = []
+    encode = server.model.tokenizer.encode
+
+    def counted(text: str, specials: bool) -> list[int]:
+        lengths.append(len(text))
+        return encode(text, specials)
+
+    monkeypatch.setattr(server.model.tokenizer, "encode", counted)
+    refused = server.ask({"messages": user("words " * 40_000)})
+    assert "the prompt is at least" in error(refused, 400, "context_length_exceeded")
+    assert max(lengths) <= 2**14 and sum(lengths) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (r'"messages": [{"role": "user", "content": "x"}], "\ud800": 1', "unknown field"),
+        (r'"messages": [{"role": "user", "content": "x", "\ud800": 1}]', r"\ud800: not supported here"),
+        (r'"messages": [{"role": "user", "content": "\ud800"}]', "half of a character"),
+    ],
+)
+def test_half_a_surrogate_pair_is_a_clear_error(server: Server, fields: str, told: str) -> None:
+    body = f'{{"model": "{NAME}", {fields}}}'
+    assert told in error(
+        server.client.post(CHAT, content=body, headers={"Content-Type": "application/json"}), 400,
+        "unknown_parameter" if "unknown" in told else None,
+    )  # fmt: skip
 
 
 def test_control_tokens_in_a_request_stay_text(server: Server) -> None:
@@ -344,5 +381,28 @@ def test_schemas_that_would_never_be_ready(server: Server, monkeypatch: pytest.M
         assert ask(five).json()["choices"][0]["message"]["content"] == '"aaaaa"'
         assert ask({"type": "integer", "minimum": 0, "maximum": 9}).status_code == 200  # cheap: nor for this
         error(ask({"type": "string", "pattern": "^b{5}$"}), 500, "internal_error")
+        assert "takes longer than 1 s" in error(ask({"allOf": patterns}), 400)  # refusals are known, too
+        assert "Invalid type: nope" in error(ask({"allOf": [{"type": "nope"}]}), 400)
     assert "EngineError: the process that tries JSON schemas has not started" in server.notes.pop()
     assert not server.notes
+
+
+def test_a_schema_that_is_tried_keeps_nobody_waiting(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, go_on = threading.Event(), threading.Event()
+
+    def slowly(text: str) -> tuple[str | None, float]:
+        tried.set()
+        assert go_on.wait(20)
+        return "too slow", math.inf
+
+    monkeypatch.setattr(server.reader._probe, "_try", slowly)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "string", "pattern": "^c{6}$"}}}
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(server.ask, {"messages": user("How many?"), "response_format": form})
+        assert tried.wait(10)
+        cheap = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
+        for more in ({}, {"response_format": cheap}):
+            assert server.ask({"messages": user("How many?"), "max_tokens": 2, **more}).status_code == 200
+        assert not refused.done()
+        go_on.set()
+        assert error(refused.result(), 400) == "too slow"

@@ -215,13 +215,22 @@ def test_a_call_of_the_engine_that_goes_on_is_left(bundle: Path, monkeypatch: py
         assert left.value.code == 130
 
 
-def test_bad_options_and_bundles(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_and_bundles(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = ("--port", "0", "--engine", "ort-cpu")
     assert str(tmp_path / "none") in refused(capsys, str(tmp_path / "none"), *port)
     assert "manifest.json" in refused(capsys, str(tmp_path), *port)
     assert "--allow-files" in refused(capsys, str(bundle), *port, "--allow-files", str(tmp_path / "none"))
     assert "--api-key: an empty key" in refused(capsys, str(bundle), *port, "--api-key", "")
-    assert "--api-key" in refused(capsys, str(bundle), *port, "--api-key", "schlüssel")
+    for key in ("schlüssel", "two words", " "):
+        assert "--api-key" in refused(capsys, str(bundle), *port, "--api-key", key)
+    for value in ("", "  ", "schlüssel"):  # a script that has failed to fill it must not open the server to all
+        with monkeypatch.context() as patch:
+            patch.setenv("EDGEVL_API_KEY", value)
+            assert "EDGEVL_API_KEY: an empty key" in refused(capsys, str(bundle), *port)
+    for value in ("nan", "inf"):
+        assert "--grace" in refused(capsys, str(bundle), *port, "--grace", value)
     for value in ("0", "nan", "inf", "-1"):
         assert f"--max-body-mb is {float(value)}" in refused(capsys, str(bundle), *port, "--max-body-mb", value)
     for name in ("--max-batch", "--max-new-tokens", "--grace", "--max-queue"):

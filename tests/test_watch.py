@@ -170,6 +170,18 @@ def test_a_broken_and_a_removed_picture_do_not_end_it(
     assert notes[1] == "c.png: removed before it was read" and "aspect ratio" in notes[2]
 
 
+def test_a_picture_without_memory_does_not_end_it(tiny: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program may have taken it for a moment."""
+    for name in "abc":
+        picture(ord(name)).save(tmp_path / f"{name}.png")
+    left = iter([10**10, 10**10, 10**10, 1000])  # on opening, for the first's picture and prompt, the second's picture
+    monkeypatch.setattr("edgevl.runtime.admission.available_bytes", lambda: next(left, 10**10))
+    notes: list[str] = []
+    got = answers(tiny, FolderSource(tmp_path, notes.append, idle_s=0.3), notes=notes)
+    assert [a.frame.name for a in got] == ["a.png", "c.png"]
+    assert len(notes) == 1 and "skipped: a picture of" in notes[0]
+
+
 # ---------------------------------------------------------------- cameras
 
 
