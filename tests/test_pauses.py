@@ -136,11 +136,11 @@ def test_a_call_of_the_encoder_has_a_pause_before_every_product(model: VisionLan
 
 
 @pytest.mark.usefixtures("every")
-def test_every_picture_has_a_pause_before_it(tiny: Pair) -> None:
+def test_every_picture_has_a_pause_before_each_of_its_stages(tiny: Pair) -> None:
     count: list[int] = []
     with tiny.open() as model, pauses(lambda: count.append(1)):  # of fp32: without operators of ours
         model.encode_vision(CASES["three unequal pictures"])
-    assert len(count) == 3
+    assert len(count) == 3 * 3  # looked up, resized, encoded
 
 
 @pytest.mark.usefixtures("every")
