@@ -33,7 +33,7 @@ from edgevl.runtime.locate import DEFAULT_QUESTION, locate
 from edgevl.runtime.mrope import position_ids
 from edgevl.runtime.prefix_cache import PrefixCache, token_identity
 from edgevl.runtime.profile import Profile
-from edgevl.runtime.prompt import PromptBuilder, VisionInput, collect_vision, is_list, load_chat_template
+from edgevl.runtime.prompt import Prompt, PromptBuilder, VisionInput, collect_vision, is_list, load_chat_template
 from edgevl.runtime.results import Completion, Piece
 from edgevl.runtime.row import Row
 from edgevl.runtime.sampling import GenerationConfig
@@ -340,13 +340,11 @@ class VisionLanguageModel:
             InputError: messages or pictures that cannot be used.
             CapacityError: the prompt is longer than the KV cache.
         """
-        expected, exact = self._vision.least_grids(collect_vision(messages))
-        prompt = self._builder.build(messages, expected)
+        prompt, image_tokens, exact = self._least_prompt(messages)
         if check_length:  # before seconds go into pictures
-            pictures = sum(g.tokens(self.config.vision.spatial_merge_size) for g in expected)
-            self.check_length(len(prompt.input_ids), pictures, at_least=not exact)
+            self.check_length(len(prompt.input_ids), image_tokens, at_least=not exact)
         images = self.encode_vision(messages, answer_tokens)
-        if (grids := [i.grid for i in images]) != expected:
+        if (grids := tuple(i.grid for i in images)) != prompt.grids:
             prompt = self._builder.build(messages, grids)
             if check_length:
                 self.check_length(len(prompt.input_ids), sum(len(i.embeds) for i in images))
@@ -366,6 +364,22 @@ class VisionLanguageModel:
             preprocess_s=sum(i.preprocess_s for i in images),
             vision_s=sum(i.vision_s for i in images),
         )
+
+    def prompt_size(self, messages: Sequence[dict[str, Any]]) -> tuple[int, int]:
+        """Tokens of the prompt of `messages`, and how many of them are pictures; at least so many, where pictures or
+        videos would have to be read first. May be asked from any thread.
+
+        Raises:
+            InputError: messages or pictures that cannot be used.
+        """
+        prompt, image_tokens, _ = self._least_prompt(messages)
+        return len(prompt.input_ids), image_tokens
+
+    def _least_prompt(self, messages: Sequence[dict[str, Any]]) -> tuple[Prompt, int, bool]:
+        """The prompt with what is known of its pictures, their tokens, and whether all is known."""
+        grids, exact = self._vision.least_grids(collect_vision(messages))
+        prompt = self._builder.build(messages, grids)
+        return prompt, sum(g.tokens(self.config.vision.spatial_merge_size) for g in grids), exact
 
     def stream_prompt(
         self,

@@ -4,7 +4,7 @@ Tradeoff in LLM Inference with Sarathi-Serve", OSDI 2024).
 
 A pass comes by `pause` between the chunks of a prompt and between pictures; our own operators come by before each
 product, so that one call of the vision encoder has a hundred pauses. What is done meanwhile runs in the same thread,
-has all cores, and computes what it would have computed otherwise.
+has all cores, and computes what it would have computed otherwise. It may be a pass too, with pauses of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class _Thread(threading.local):
     call: Callable[[], None] | None = None
     due = 0.0  # perf_counter
     error: BaseException | None = None
+    within = False  # a pass
+    inner_s = 0.0  # of passes in pauses
 
 
 _thread = _Thread()
@@ -35,16 +37,21 @@ _thread = _Thread()
 @contextmanager
 def pauses(call: Callable[[], None]) -> Iterator[None]:
     """Within it, `call` is called in this thread's pauses, so often that the pass keeps PASS_SHARE parts of the time to
-    one; not from within itself. What it raises ends the pass and is raised in its place."""
+    one; not from within itself, unless that has `pauses` too: what is done in those, with that pass, has had its share,
+    and does not count as time of `call`. What `call` raises ends the pass and is raised in its place."""
     if _thread.call is not None:
         raise RuntimeError("pauses of a pass within pauses")
-    _thread.call, _thread.due, _thread.error = call, 0.0, None
-    at_pauses(_goes_on)
+    began, inner_s, outermost = time.perf_counter(), _thread.inner_s, not _thread.within
+    _thread.call, _thread.due, _thread.error, _thread.within = call, 0.0, None, True
+    if outermost:
+        at_pauses(_goes_on)
     try:
         yield
     finally:
-        at_pauses(None)
+        if outermost:
+            at_pauses(None)
         error, _thread.call, _thread.error = _thread.error, None, None
+        _thread.within, _thread.inner_s = not outermost, inner_s + time.perf_counter() - began
         if error is not None:
             raise error from None  # in the place of the engine's, which says that an operator failed
 
@@ -66,12 +73,13 @@ def _goes_on() -> bool:
         return False
     if call is None or (began := time.perf_counter()) < _thread.due:
         return True
-    _thread.call = None  # products of what is called come by here, too
+    _thread.call, inner_s = None, _thread.inner_s  # products of what is called come by here, too
     try:
         call()
     except BaseException as e:
         _thread.error = e
         return False
     ended = time.perf_counter()
-    _thread.call, _thread.due = call, ended + PASS_SHARE * (ended - began)
+    took = ended - began - (_thread.inner_s - inner_s)
+    _thread.call, _thread.due = call, ended + PASS_SHARE * took
     return True

@@ -3,8 +3,9 @@
     submit -> waiting -> reader: pictures, form -> ready -> worker: vision, prefill, decode steps -> events
 
 The engine is not reentrant, so one worker thread owns the model. Between two decode steps it drops answers that were
-given up and admits requests that are ready, up to `max_batch` rows; steps go on in the pauses of their passes. The
-reader is at most two requests ahead: decoded pictures are large, encoded ones wait in the queue.
+given up and admits requests that are ready, up to `max_batch` rows; steps go on in the pauses of their passes. One
+without pictures may overtake one whose pictures, of more tokens than it has, are being encoded. The reader is at most
+two requests ahead: decoded pictures are large, encoded ones wait in the queue.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgevl.runtime.errors import EdgeVLError, EngineFailedError
-from edgevl.runtime.pauses import pauses
+from edgevl.runtime.pauses import PASS_SHARE, pauses
 from edgevl.runtime.results import Completion
 from edgevl.runtime.sampling import GenerationConfig
 from edgevl.runtime.serve_metrics import Metrics
 
 if TYPE_CHECKING:
-    from edgevl.runtime.generation import VisionLanguageModel
+    from edgevl.runtime.generation import PreparedPrompt, VisionLanguageModel
     from edgevl.runtime.row import Row
 
 __all__ = ["BusyError", "Done", "Event", "Failed", "Job", "Scheduler", "Text"]
@@ -92,6 +93,8 @@ class _Ready:
     job: Job
     messages: Sequence[dict[str, Any]]
     config: GenerationConfig
+    tokens: int  # of the prompt
+    image_tokens: int
 
 
 class Scheduler:
@@ -117,6 +120,8 @@ class Scheduler:
         self._running: dict[Row, Job] = {}
         self._accepting, self._stop = True, False
         self._broken: str | None = None  # the engine's last call failed so
+        self._encoding = 0  # tokens of the pictures of a request whose row has not joined the loop yet
+        self._overtaking_due = 0.0  # perf_counter
         self._request_s = 1.0  # running mean of the time that an answer takes
         self._threads = [
             threading.Thread(target=target, name=f"edgevl-serve-{name}", daemon=True)
@@ -207,7 +212,8 @@ class Scheduler:
                     self._end(job)
                     continue
                 messages, job.read = job.read(), _was_read  # which may hold megabytes
-                ready = _Ready(job, messages, self._model.generation_config(**job.generation))
+                config = self._model.generation_config(**job.generation)
+                ready = _Ready(job, messages, config, *self._model.prompt_size(messages))
             except Exception as e:
                 self._end(job, Failed(e))
                 continue
@@ -255,8 +261,28 @@ class Scheduler:
         if self._stop or joining.cancelled.is_set():
             raise _given_up()
         self._drop_cancelled()
+        if self._encoding:
+            self._overtake()
         if self._running:
             self._step()
+
+    def _overtake(self) -> None:
+        """Admit the next request while pictures are encoded, if it has none and is shorter: it takes a second where
+        they may take many. They keep their row, and their share of the time."""
+        began = time.perf_counter()
+        if began < self._overtaking_due or len(self._running) + 1 >= self.max_batch:
+            return
+        with self._ready.mutex:  # nobody else takes anything out
+            following = self._ready.queue[0] if self._ready.queue else None
+        if following is None or following.image_tokens or following.tokens > self._encoding:
+            return
+        encoding, self._encoding = self._encoding, 0
+        try:
+            self._begin(self._ready.get_nowait())
+        finally:
+            self._encoding = encoding
+        ended = time.perf_counter()
+        self._overtaking_due = ended + PASS_SHARE * (ended - began)
 
     def _admit(self) -> None:
         """Prefill a request that is ready, where there is a row; one at a time, so that running answers get a token
@@ -267,6 +293,9 @@ class Scheduler:
             ready = self._ready.get(block=not self._running, timeout=_POLL_S)
         except queue.Empty:
             return
+        self._begin(ready)
+
+    def _begin(self, ready: _Ready) -> None:
         if ready.job.cancelled.is_set():
             self._end(ready.job)
         else:
@@ -276,7 +305,7 @@ class Scheduler:
         job, model = ready.job, self._model
         try:
             with pauses(lambda: self._go_on(job)):
-                prompt = model.prepare(ready.messages, ready.config.max_new_tokens)
+                prompt = self._prepare(ready)
                 row = model.row(prompt, ready.config, started=job.arrived, spare=self._loop.spare)
                 piece = self._loop.join(row, prompt)
         except Exception as e:
@@ -287,6 +316,13 @@ class Scheduler:
         self._running[row] = job
         self._metrics.prompt(len(prompt.ids))
         self._deliver(row, piece.text)
+
+    def _prepare(self, ready: _Ready) -> PreparedPrompt:
+        self._encoding = ready.image_tokens
+        try:
+            return self._model.prepare(ready.messages, ready.config.max_new_tokens)
+        finally:
+            self._encoding = 0
 
     def _step(self) -> None:
         try:

@@ -121,8 +121,8 @@ def serve(bundle: str, **options: Any) -> int:
 
 
 def _keys(given: tuple[str, ...]) -> tuple[str, ...]:
-    """The keys of the options, else those of the environment; an empty variable, which a script has failed to fill, does
-    not open the server to all."""
+    """The keys of the options, else those of the environment; an empty variable, which a script has failed to fill,
+    does not open the server to all."""
     named = "--api-key"
     if not given and (listed := os.environ.get(_KEY_VARIABLE)) is not None:
         named, given = _KEY_VARIABLE, tuple(listed.split()) or ("",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,54 @@ def test_what_is_called_has_no_pauses_of_its_own() -> None:
         pause()
         pause()
     assert count == [2]
+
+
+def test_a_pass_in_a_pause_has_pauses_and_its_time_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, began, inner = [100.0], [], []
+    monkeypatch.setattr(pauses_module.time, "perf_counter", lambda: now[0])
+
+    def pass_on(call: Callable[[], None], parts: int) -> None:
+        with pauses(call):
+            for _ in range(parts):
+                pause()
+                now[0] += 0.125
+
+    def step() -> None:
+        inner.append(now[0])
+        now[0] += 0.5
+
+    def call() -> None:
+        began.append(now[0])
+        if len(began) == 2:
+            pass_on(lambda: pass_on(step, 1) if len(inner) == 3 else step(), 48)
+        now[0] += 0.5
+
+    pass_on(call, 60)
+    assert np.allclose(np.diff(inner)[:2], 2.0) and len(inner) > 4
+    # Calls of 0.5 s are 2 s apart, the one with a pass of its own likewise: from its end.
+    gaps = np.diff(began)
+    assert np.allclose(np.delete(gaps, 1), 2.0) and 6 + 2 < gaps[1] < 12 and len(gaps) == 4
+
+
+def test_an_error_of_a_pass_in_a_pause_is_its_own() -> None:
+    caught: list[str] = []
+
+    def fail() -> None:
+        raise KeyError("inner")
+
+    def call() -> None:
+        try:
+            with pauses(fail):
+                pause()
+        except KeyError as e:
+            caught.append(str(e))
+
+    with pauses(call):
+        for _ in range(3):
+            pause()
+    assert 1 <= len(caught) <= 3
+    with pytest.raises(KeyError, match="outer"), pauses(lambda: call() or (_ for _ in ()).throw(KeyError("outer"))):
+        pause()
 
 
 @pytest.mark.usefixtures("every")
@@ -213,6 +261,31 @@ def test_what_is_kept_of_a_prompt_is_its_own(tiny: Pair) -> None:
 def test_rows_go_on_and_end_between_products(model: VisionLanguageModel) -> None:
     expected = {name: alone(model, name, count) for name, count in STEPS.items()}
     assert answered(model, model.decode_loop(5), STEPS) == expected
+
+
+@pytest.mark.usefixtures("every")
+def test_a_prompt_is_read_in_the_pauses_of_an_encoder(model: VisionLanguageModel) -> None:
+    """With pauses of its own; and those of the encoder go on behind it."""
+    expected = {name: alone(model, name, count) for name, count in STEPS.items()}
+    loop, rows, calls = model.decode_loop(5), {}, []
+    rows["text"] = join(model, loop, "text", STEPS["text"])
+
+    def call() -> None:
+        calls.append(len(loop.rows))
+        if len(calls) == 5:
+            with pauses(lambda: steps.append(len(loop.step()))):
+                rows["system"] = join(model, loop, "system", STEPS["system"])
+
+    steps: list[int] = []
+    with pauses(call):
+        prompt = model.prepare(CASES["one picture"])
+    assert len(steps) > 4 and calls[-1] == 2 and len(calls) > 10
+    config = model.generation_config(max_new_tokens=STEPS["one picture"], eos_token_ids=(-1,))
+    rows["one picture"] = model.row(prompt, config)
+    loop.join(rows["one picture"], prompt)
+    while loop.rows:
+        loop.step()
+    assert {name: tuple(row.tokens) for name, row in rows.items()} == {name: expected[name] for name in rows}
 
 
 @pytest.mark.usefixtures("every")

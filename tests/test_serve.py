@@ -21,6 +21,8 @@ from serving import DEMO, NAME, QUESTIONS, Server, demo_bundle, long, open_model
 
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.runtime import pauses
+from edgevl.runtime import scheduler as scheduler_module
+from edgevl.runtime.image_loading import load_image
 from edgevl.runtime.preflight import Planner
 from edgevl.runtime.results import Completion
 from edgevl.runtime.scheduler import BusyError, Done, Event, Failed, Job, Scheduler, Text
@@ -462,6 +464,76 @@ def test_answers_go_on_while_a_picture_is_read(tmp_path: Path, monkeypatch: pyte
     assert meanwhile[-1] > 5
 
 
+def test_a_short_request_overtakes_a_picture_that_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not another picture, not a longer text, not where no row would be left; and all say what they say alone."""
+    usable_library()
+    monkeypatch.setattr(pauses, "PASS_SHARE", 0)
+    monkeypatch.setattr(scheduler_module, "PASS_SHARE", 0)
+    export_bundle(DEMO / "model", tmp_path / NAME, ExportOptions(precision="int8"))
+    forever = {"max_new_tokens": 300, "eos_token_ids": (-1,)}
+    asked: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+        "running": (ours("How many stars?"), forever),
+        "picture": (_decoded("Read the text.", "three-lines.png"), {}),
+        "short": (ours("What is it?"), {"max_new_tokens": 5, "eos_token_ids": (-1,)}),
+        "longer": (ours("words " * 100), {"max_new_tokens": 5, "eos_token_ids": (-1,)}),
+        "another picture": (_decoded("How many stars?", "count.png"), {}),
+    }
+
+    def begun(rows: int, *names: str) -> list[str]:
+        """The order in which requests begin that come while the picture is encoded."""
+        order: list[str] = []
+        told: dict[str, list[Event]] = {name: [] for name in ("running", "picture", *names)}
+        scheduler = Scheduler(model, rows, 8, Metrics())
+        encoding, go_on = threading.Event(), threading.Event()
+        paused = scheduler._go_on
+
+        def once(joining: Job) -> None:
+            if scheduler._encoding and not encoding.is_set():
+                encoding.set()
+                assert go_on.wait(20)
+            paused(joining)
+
+        monkeypatch.setattr(scheduler, "_go_on", once)
+
+        def submit(name: str) -> None:
+            def deliver(event: Event) -> None:
+                if not told[name]:
+                    order.append(name)
+                told[name].append(event)
+
+            messages, settings = asked[name]
+            scheduler.submit(Job(lambda: messages, settings, deliver))
+
+        submit("running")
+        until(lambda: bool(told["running"]))
+        submit("picture")
+        assert encoding.wait(20)
+        for name in names:
+            submit(name)
+        until(lambda: scheduler._ready.full())
+        go_on.set()
+        until(lambda: all(events and isinstance(events[-1], Done) for events in told.values()), 30)
+        assert scheduler.close(10)
+        for name, events in told.items():
+            assert "".join(e.text for e in events if isinstance(e, Text)) == alone[name], name
+        return order[1:]
+
+    with open_model(tmp_path / NAME, image_cache_mb=0) as model:
+        alone = {name: model.generate(messages, **settings).text for name, (messages, settings) in asked.items()}
+        assert begun(3, "short", "longer") == ["short", "picture", "longer"]
+        assert begun(4, "short", "short") == ["short", "picture"]
+        assert begun(2, "short") == ["picture", "short"]
+        assert begun(3, "longer", "short") == ["picture", "longer", "short"]
+        assert begun(3, "another picture") == ["picture", "another picture"]
+
+
+def _decoded(text: str, picture: str) -> list[dict[str, Any]]:
+    """As `MessageReader` gives it."""
+    messages = ours(text, picture)
+    messages[0]["content"][0]["image"] = load_image(DEMO / "pictures" / picture)
+    return messages
+
+
 @pytest.mark.parametrize("how", ["its client leaves", "the server ends"])
 def test_a_picture_that_nobody_waits_for_is_not_read_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
@@ -477,7 +549,7 @@ def test_a_picture_that_nobody_waits_for_is_not_read_to_its_end(
 
         def watched_pause(joining: Job) -> None:
             calls[0] += 1
-            if calls[0] == 3:  # one of the encoder's
+            if calls[0] == 5:  # one of the encoder's, behind those before the picture's stages
                 reading.set()
                 assert decided.wait(20)
             go_on(joining)
@@ -505,7 +577,7 @@ def test_a_picture_that_nobody_waits_for_is_not_read_to_its_end(
             ending.join()
             (event,) = told
             assert isinstance(event, Failed) and isinstance(event.error, BusyError)
-        assert calls == [3] and encoded == []
+        assert calls == [5] and encoded == []
         if how == "its client leaves":  # and the next one is answered
             answer: list[Event] = []
             scheduler.submit(Job(lambda: ours("Read the text.", "line.png"), {"max_new_tokens": 3}, answer.append))
