@@ -2,7 +2,8 @@
 
 Method: some answers are under way; a picture of noise comes, is encoded, and its prompt is read, by turns with the
 others' steps in its pauses (as `edgevl serve` does it) and without. Longest gap between two tokens of those that wait,
-first token of the one that comes, and all work per token: a turn's time less what its steps take alone.
+first token of the one that comes, and all work per token: a turn's time less what its steps take alone. Then, through
+the server's scheduler: a short text comes as a picture is encoded, and overtakes it or does not, by turns.
 
     python -m edgevl.benchmarks.interleaving BUNDLE --answers 3
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -27,10 +30,14 @@ from edgevl.runtime.decode_loop import DecodeLoop
 from edgevl.runtime.doctor import cpu_model
 from edgevl.runtime.errors import EdgeVLError, InputError
 from edgevl.runtime.pauses import pauses
+from edgevl.runtime.scheduler import Event, Job, Scheduler
+from edgevl.runtime.serve_metrics import Metrics
 
-__all__ = ["Turn", "main", "measure"]
+__all__ = ["Overtaking", "Turn", "main", "measure", "measure_overtaking"]
 
 _PROMPT = 200  # words of the answers under way
+_SHORT = "How do I boil an egg?"
+_PATIENCE_S = 600
 
 
 @dataclass(frozen=True)
@@ -80,20 +87,88 @@ def _turn(
     return Turn(interleaved, first_token_s, steps, float(np.diff(ends).max()))
 
 
-def _rows(turns: Sequence[Turn]) -> list[tuple[str, ...]]:
-    def figure(values: Sequence[float], digits: int) -> str:
-        low, middle, high = min(values), statistics.median(values), max(values)
-        return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+@dataclass(frozen=True)
+class Overtaking:
+    """First tokens of a short text and of the picture during whose encoding it came, each from its own arrival;
+    text_first: which of the two had its own."""
 
+    overtakes: bool
+    text_s: float
+    picture_s: float
+    text_first: bool
+
+
+class _InOrder(Scheduler):
+    def _overtake(self) -> None:
+        pass
+
+
+def measure_overtaking(model: VisionLanguageModel, size: tuple[int, int], turns: int) -> list[Overtaking]:
+    """`turns` in order and as many with overtaking, in turn. The model must not keep pictures."""
+    rng, found = np.random.default_rng(0), []
+    for number in range(2 * turns + 2):
+        scheduler = (Scheduler if number % 2 else _InOrder)(model, 2, 2, Metrics())
+        try:
+            found.append(_overtaking_turn(scheduler, rng, size, number % 2 == 1))
+        finally:
+            scheduler.close(_PATIENCE_S)
+    return found[2:]
+
+
+def _overtaking_turn(
+    scheduler: Scheduler, rng: np.random.Generator, size: tuple[int, int], overtakes: bool
+) -> Overtaking:
+    picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    image = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
+    first_s: dict[str, float] = {}
+    both = threading.Event()
+
+    def ask(name: str, content: Any) -> None:
+        arrived = time.perf_counter()
+
+        def deliver(event: Event) -> None:
+            first_s.setdefault(name, time.perf_counter() - arrived)
+            if len(first_s) == 2:
+                both.set()
+
+        messages = [{"role": "user", "content": content}]
+        scheduler.submit(Job(lambda: messages, {"max_new_tokens": 2, "eos_token_ids": ()}, deliver))
+
+    ask("picture", image)
+    while not scheduler.encoding and "picture" not in first_s:
+        time.sleep(0.001)
+    ask("text", _SHORT)
+    if not both.wait(_PATIENCE_S):
+        raise InputError(f"no answer within {_PATIENCE_S} s: take a smaller picture")
+    return Overtaking(overtakes, first_s["text"], first_s["picture"], next(iter(first_s)) == "text")
+
+
+def _figure(values: Sequence[float], digits: int) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def _overtaking_rows(turns: Sequence[Overtaking]) -> list[tuple[str, ...]]:
+    without, with_ = ([t for t in turns if t.overtakes == o] for o in (False, True))
+    rows = [
+        (name, *(_figure(c, 2) for c in ([t.text_s for t in mine], [t.picture_s for t in mine])))
+        for name, mine in (("in order", without), ("the text overtakes", with_))
+    ]
+    text = [b.text_s / a.text_s for a, b in zip(without, with_)]
+    picture = [b.picture_s / a.picture_s for a, b in zip(without, with_)]
+    return [*rows, ("ratio", _figure(text, 2), _figure(picture, 2))]
+
+
+def _rows(turns: Sequence[Turn]) -> list[tuple[str, ...]]:
     rows = []
     for interleaved, name in ((False, "one after the other"), (True, "steps in the pauses")):
         mine = [t for t in turns if t.interleaved == interleaved]
         columns = [t.gap_s for t in mine], [t.first_token_s for t in mine]
-        rows.append((name, *(figure(c, 2) for c in columns), figure([t.steps for t in mine], 0)))
+        rows.append((name, *(_figure(c, 2) for c in columns), _figure([t.steps for t in mine], 0)))
     without, with_ = ([t for t in turns if t.interleaved == i] for i in (False, True))
     gap = [b.gap_s / a.gap_s for a, b in zip(without, with_)]
     first = [b.first_token_s / a.first_token_s for a, b in zip(without, with_)]
-    return [*rows, ("ratio", figure(gap, 2), figure(first, 2), "")]
+    return [*rows, ("ratio", _figure(gap, 2), _figure(first, 2), "")]
 
 
 @click.command(help="How long answers under way wait for a picture that comes, with steps in its pauses and without.")
@@ -106,11 +181,14 @@ def main(bundle: Path, answers: int, width: int, height: int, turns: int) -> Non
     try:
         with VisionLanguageModel.open(bundle, "ort-cpu", image_cache_mb=0) as model:
             rows = _rows(measure(model, (width, height), answers, turns))
+            overtaking = _overtaking_rows(measure_overtaking(model, (width, height), turns))
     except EdgeVLError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(e.exit_status)
     print(f"{cpu_model()}; {bundle.name}, {width}×{height}, {answers} answers under way; median (least–most)")
     print(tabulate(rows, headers=("", "longest gap s", "first token s", "steps meanwhile")))
+    print(f"\n{_SHORT!r} comes as the picture is encoded")
+    print(tabulate(overtaking, headers=("", "its first token s", "the picture's s")))
 
 
 if __name__ == "__main__":

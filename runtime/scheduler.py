@@ -138,6 +138,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def encoding(self) -> bool:
+        """Whether pictures are being encoded."""
+        return self._encoding > 0
+
+    @property
     def waiting(self) -> int:
         """Requests taken whose prompt has not been prefilled yet."""
         return max(0, len(self._open) - len(self._running))
