@@ -149,7 +149,8 @@ class Admission:
         """Before prompts are prefilled, `cached` tokens of each being in a KV cache already.
 
         Args:
-            spare: tokens for which the KV cache has memory already, from answers that have ended.
+            spare: tokens for which the KV cache has memory already, from answers that have ended; below 0, what it will
+                take beside.
 
         Raises:
             MemoryLimitError: they need more than there is; says what would fit.
@@ -159,7 +160,8 @@ class Admission:
         planner, most = self._planner, self._capacity - cached
 
         def needed(lengths: Sequence[int], arena: int) -> int:
-            cache = sum(planner.cache(min(n + new_tokens, most)) for n in lengths) - planner.cache(spare)
+            cache = sum(planner.cache(min(n + new_tokens, most)) for n in lengths)
+            cache += planner.cache(max(0, -spare)) - planner.cache(max(0, spare))
             return max(0, arena - self._arena) + max(0, cache)
 
         arena = max(planner.prefill(n) for n in lengths)

@@ -40,7 +40,8 @@ class DecodeLoop:
         self._decoder, self._placeholders, self._prefixes = decoder, placeholders, prefixes
         self._active: list[Row] = []  # row i of the cache belongs to row i here
         self._lookups: dict[Row, PromptLookup] = {}
-        self._joining = False
+        self._reading: list[int] = []  # lengths of prompts; the second is read in the pauses of the first, aside
+        self._aside = False
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -51,7 +52,7 @@ class DecodeLoop:
     def spare(self) -> int:
         """Tokens that more rows may have without more memory: answers that have ended had them."""
         cache = self._decoder.cache
-        return cache.held - int(cache.lengths[: len(self._active)].sum())
+        return max(0, cache.held - int(cache.lengths[: len(self._active)].sum()) - sum(self._reading))
 
     @property
     def capacity(self) -> int:
@@ -75,34 +76,46 @@ class DecodeLoop:
                 self._keep(slot, row)
             raise
 
-    def join(self, row: Row, prompt: PreparedPrompt) -> Piece:
+    def may_join(self, tokens: int) -> bool:
+        """Whether a prompt of so many tokens may join now, which may be a pause of another's (`join` with `aside`)."""
+        if not self._reading:
+            return len(self._active) < self.capacity
+        if not self._aside or len(self._reading) > 1 or len(self._active) + 1 >= self.capacity:
+            return False
+        # It takes steps there, too: where one row has no room, none goes on.
+        cache, slot = self._decoder.cache, len(self._active)
+        return cache.has_room(slot, min(tokens + _STEPS_WHILE_JOINING, cache.capacity) - int(cache.lengths[slot]))
+
+    def join(self, row: Row, prompt: PreparedPrompt, aside: bool = False) -> Piece:
         """Prefill a row and let it take part in the steps that follow, unless its first token was its last.
 
         Where it fails, the other rows go on as if nothing had been. In its pauses (`pauses`) they may step, end and
-        leave; a new one may not join.
+        leave.
+
+        Args:
+            aside: one other at a time may join in its pauses, if `may_join`. It takes the last row of the cache, and is
+                moved when it has been read: its memory is taken twice.
 
         Raises:
-            InputError: as many rows as the cache has are active already.
+            InputError: as many rows as the cache has are active already, or another is read that is not aside.
             EngineError: numbers that cannot be right.
         """
-        slot = len(self._active)
-        if slot == self.capacity:
-            raise InputError(f"{slot} rows are active, as many as the KV cache has; wait for one to end")
+        if len(self._active) + len(self._reading) == self.capacity:
+            raise InputError(f"{self.capacity} rows are active, as many as the KV cache has; wait for one to end")
+        if self._reading and (aside or not self.may_join(len(prompt.ids))):
+            raise InputError("another prompt is being read; wait for its end")
+        slot = self.capacity - 1 if aside else len(self._active)
         cache = self._decoder.cache
-        if not self._active:  # a long answer has moved the heads apart, and steps go over all the room between them
-            for other in range(1, self.capacity):
-                cache.rewind(other, 0)
-            cache.rewind(0, row.cached)
-            cache.narrow()
-        for other in range(slot):  # steps in the pauses must not move what the graph is writing
-            cache.reserve(other, min(_STEPS_WHILE_JOINING, cache.capacity - int(cache.lengths[other])))
+        if not self._reading:
+            self._make_room(slot, row.cached)
+            self._aside = aside
         cache.rewind(slot, row.cached)  # an earlier row may have left its tokens there
-        self._joining = True
+        self._reading.append(len(prompt.ids))
         try:
             piece = self._prefill(slot, row, prompt)
         finally:
-            self._joining = False
-        if len(self._active) < slot:  # some ended meanwhile: rows stay contiguous
+            self._reading.pop()
+        if len(self._active) < slot:  # rows stay contiguous: some have ended meanwhile, or it was aside
             cache.move(slot, len(self._active))
             slot = len(self._active)
         self._keep(slot, row)  # at once: the next row may begin like this one
@@ -111,13 +124,23 @@ class DecodeLoop:
             self._lookups[row] = PromptLookup(row.config.lookup_tokens, self._placeholders)
         return piece
 
+    def _make_room(self, slot: int, cached: int) -> None:
+        """Before a row is read into `slot`: the cache must not move while graphs write to it."""
+        cache = self._decoder.cache
+        if not self._active:  # a long answer has moved the heads apart, and steps go over all the room between them
+            for other in range(self.capacity):
+                cache.rewind(other, cached if other == slot else 0)
+            cache.narrow()
+        for other in range(len(self._active)):
+            cache.reserve(other, min(_STEPS_WHILE_JOINING, cache.capacity - int(cache.lengths[other])))
+
     def step(self) -> list[tuple[Row, Piece]]:
         """The next token of every active row, or several of an only one whose draft was right; rows that end leave.
 
         A row whose numbers cannot be right leaves without a piece, its `error` set; its neighbours go on. In the pauses
-        of a row that joins there may be no room for it, and nothing comes."""
+        of a row that joins there may be no room for them, and nothing comes."""
         row, cache = self._active[0], self._decoder.cache
-        if self._joining:
+        if self._reading:
             if not all(cache.has_room(i, 1) for i in range(len(self._active))):
                 return []
             pieces = self._step(self._active)

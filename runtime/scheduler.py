@@ -3,9 +3,9 @@
     submit -> waiting -> reader: pictures, form -> ready -> worker: vision, prefill, decode steps -> events
 
 The engine is not reentrant, so one worker thread owns the model. Between two decode steps it drops answers that were
-given up and admits requests that are ready, up to `max_batch` rows; steps go on in the pauses of their passes. One
-without pictures may overtake one whose pictures, of more tokens than it has, are being encoded. The reader is at most
-two requests ahead: decoded pictures are large, encoded ones wait in the queue.
+given up and admits requests that are ready, up to `max_batch` rows; steps go on in the pauses of their passes. In
+those a short request, without pictures, may overtake a long one. The reader is at most two requests ahead: decoded
+pictures are large, encoded ones wait in the queue.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgevl.runtime.errors import EdgeVLError, EngineFailedError
+from edgevl.runtime.errors import EdgeVLError, EngineFailedError, MemoryLimitError
 from edgevl.runtime.pauses import PASS_SHARE, pauses
 from edgevl.runtime.results import Completion
 from edgevl.runtime.sampling import GenerationConfig
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["BusyError", "Done", "Event", "Failed", "Job", "Scheduler", "Text"]
 
 _POLL_S = 0.1  # how long a stop may go unseen by a thread that waits
+# A prompt of so many tokens is read aside, so that those of a part of its length, or of its pictures', may overtake it.
+_LONG, _SHORTER = 512, 4
 _LONGEST_WAIT_S = 60  # most seconds that a refused client is asked to stay away
 
 
@@ -120,7 +123,8 @@ class Scheduler:
         self._running: dict[Row, Job] = {}
         self._accepting, self._stop = True, False
         self._broken: str | None = None  # the engine's last call failed so
-        self._encoding = 0  # tokens of the pictures of a request whose row has not joined the loop yet
+        self._encoding = False
+        self._overtakable = 0  # most tokens of a prompt that may overtake the one being read
         self._overtaking_due = 0.0  # perf_counter
         self._request_s = 1.0  # running mean of the time that an answer takes
         self._threads = [
@@ -140,7 +144,7 @@ class Scheduler:
     @property
     def encoding(self) -> bool:
         """Whether pictures are being encoded."""
-        return self._encoding > 0
+        return self._encoding
 
     @property
     def waiting(self) -> int:
@@ -266,26 +270,28 @@ class Scheduler:
         if self._stop or joining.cancelled.is_set():
             raise _given_up()
         self._drop_cancelled()
-        if self._encoding:
+        if self._overtakable:
             self._overtake()
         if self._running:
             self._step()
 
     def _overtake(self) -> None:
-        """Admit the next request while pictures are encoded, if it has none and is shorter: it takes a second where
-        they may take many. They keep their row, and their share of the time."""
+        """Admit the next request in a pause of a long one, if it is short: it takes a second where the other may take
+        many. That keeps its row, and its share of the time."""
         began = time.perf_counter()
         if began < self._overtaking_due or len(self._running) + 1 >= self.max_batch:
             return
         with self._ready.mutex:  # nobody else takes anything out
             following = self._ready.queue[0] if self._ready.queue else None
-        if following is None or following.image_tokens or following.tokens > self._encoding:
+        if following is None or following.image_tokens or following.tokens > self._overtakable:
             return
-        encoding, self._encoding = self._encoding, 0
+        if not self._loop.may_join(following.tokens):
+            return
+        overtakable, encoding = self._overtakable, self._encoding
         try:
-            self._begin(self._ready.get_nowait())
+            self._begin(self._ready.get_nowait(), overtakes=True)
         finally:
-            self._encoding = encoding
+            self._overtakable, self._encoding = overtakable, encoding
         ended = time.perf_counter()
         self._overtaking_due = ended + PASS_SHARE * (ended - began)
 
@@ -300,34 +306,46 @@ class Scheduler:
             return
         self._begin(ready)
 
-    def _begin(self, ready: _Ready) -> None:
+    def _begin(self, ready: _Ready, overtakes: bool = False) -> None:
         if ready.job.cancelled.is_set():
             self._end(ready.job)
         else:
-            self._join(ready)
+            self._join(ready, overtakes)
 
-    def _join(self, ready: _Ready) -> None:
-        job, model = ready.job, self._model
+    def _join(self, ready: _Ready, overtakes: bool) -> None:
+        job = ready.job
         try:
             with pauses(lambda: self._go_on(job)):
                 prompt = self._prepare(ready)
-                row = model.row(prompt, ready.config, started=job.arrived, spare=self._loop.spare)
-                piece = self._loop.join(row, prompt)
+                row, aside = self._row(ready, prompt, overtakes)
+                self._overtakable = max(ready.image_tokens, len(prompt.ids) // _SHORTER) if aside else 0
+                piece = self._loop.join(row, prompt, aside)
         except Exception as e:
             self._note(e)
             self._end(job, Failed(e))
             return
+        finally:
+            self._overtakable = 0
         self._broken = None
         self._running[row] = job
         self._metrics.prompt(len(prompt.ids))
         self._deliver(row, piece.text)
 
     def _prepare(self, ready: _Ready) -> PreparedPrompt:
-        self._encoding = ready.image_tokens
+        self._encoding, self._overtakable = ready.image_tokens > 0, ready.image_tokens
         try:
             return self._model.prepare(ready.messages, ready.config.max_new_tokens)
         finally:
-            self._encoding = 0
+            self._encoding = False
+
+    def _row(self, ready: _Ready, prompt: PreparedPrompt, overtakes: bool) -> tuple[Row, bool]:
+        """An answer, and whether its prompt is read aside: where it is long, and there is memory for that."""
+        length, spare = len(prompt.ids), self._loop.spare
+        settings = {"prompt": prompt, "config": ready.config, "started": ready.job.arrived}
+        if length >= _LONG and self.max_batch > 1 and not overtakes:
+            with suppress(MemoryLimitError):
+                return self._model.row(**settings, spare=spare - length), True
+        return self._model.row(**settings, spare=spare), False
 
     def _step(self) -> None:
         try:

@@ -21,6 +21,7 @@ from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime import decode_loop as decode_loop_module
 from edgevl.runtime import pauses as pauses_module
 from edgevl.runtime.decode_loop import DecodeLoop
+from edgevl.runtime.errors import InputError
 from edgevl.runtime.pauses import PASS_SHARE, pause, pauses
 
 
@@ -286,6 +287,82 @@ def test_a_prompt_is_read_in_the_pauses_of_an_encoder(model: VisionLanguageModel
     while loop.rows:
         loop.step()
     assert {name: tuple(row.tokens) for name, row in rows.items()} == {name: expected[name] for name in rows}
+
+
+@pytest.mark.usefixtures("every")
+@pytest.mark.parametrize("steps", [3, 200])
+@pytest.mark.parametrize("before", [0, 2])
+def test_short_prompts_are_read_between_the_products_of_a_long_one(
+    model: VisionLanguageModel, steps: int, before: int
+) -> None:
+    read_aside(model, steps, before)
+
+
+@pytest.mark.usefixtures("every")
+@pytest.mark.parametrize("steps", [3, 200])
+@pytest.mark.parametrize("before", [0, 2])
+def test_short_prompts_are_read_between_the_chunks_of_a_long_one(tiny: Pair, steps: int, before: int) -> None:
+    with tiny.open(prefill_chunk=20, prefix_cache_mb=4) as model:
+        read_aside(model, steps, before)
+
+
+def read_aside(model: VisionLanguageModel, steps: int, before: int) -> None:
+    """Two short prompts, one after the other, in the pauses of a long one; their answers begin, go on and end
+    meanwhile, as those `before` do, and each says what it says alone."""
+    long = [{"role": "user", "content": " ".join(map(str, range(160)))}]
+    config = model.generation_config(max_new_tokens=9, eos_token_ids=(-1,))
+    expected = {name: alone(model, name, steps) for name in ("text", "system")}
+    expected["long"] = model.generate(long, max_new_tokens=9, eos_token_ids=(-1,)).token_ids
+    names = ["text", "system"][:before]
+    expected |= {f"before {n}": alone(model, n, 30) for n in names}
+    if model.prefix_cache is not None:
+        model.prefix_cache.clear()
+    loop, rows, calls = model.decode_loop(6), {}, [0]
+    for name in names:
+        rows[f"before {name}"] = join(model, loop, name, 30)
+
+    def call() -> None:
+        calls[0] += 1
+        name = {2: "text", 6: "system"}.get(calls[0])
+        if name is not None:
+            prompt = model.prepare(CASES[name])
+            assert loop.may_join(len(prompt.ids)) and not loop.may_join(10_000)
+            rows[name] = model.row(prompt, model.generation_config(max_new_tokens=steps, eos_token_ids=(-1,)))
+            with pauses(step):
+                loop.join(rows[name], prompt)
+            with pytest.raises(InputError, match="another prompt is being read"):
+                loop.join(rows[name], prompt, aside=True)
+        step()
+
+    def step() -> None:
+        if loop.rows:
+            loop.step()
+
+    prompt = model.prepare(long)
+    rows["long"] = model.row(prompt, config)
+    with pauses(call):
+        loop.join(rows["long"], prompt, aside=True)
+    assert set(rows) == set(expected) and calls[0] > 6
+    if steps == 3:
+        assert all(rows[name].finish_reason for name in ("text", "system"))
+    while loop.rows:
+        loop.step()
+    assert {name: tuple(row.tokens) for name, row in rows.items()} == expected
+
+
+def test_none_joins_while_a_prompt_is_read_that_is_not_aside(tiny: Pair) -> None:
+    with tiny.open(prefill_chunk=5) as model:
+        prompt, tried = model.prepare(CASES["text"]), []
+        loop, config = model.decode_loop(2), model.generation_config(max_new_tokens=2)
+
+        def call() -> None:
+            tried.append(loop.may_join(1))
+            with pytest.raises(InputError, match="another prompt is being read"):
+                loop.join(model.row(prompt, config), prompt)
+
+        with pauses(call):
+            loop.join(model.row(prompt, config), prompt)
+        assert tried and not any(tried) and loop.may_join(1)
 
 
 @pytest.mark.usefixtures("every")

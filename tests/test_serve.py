@@ -22,6 +22,7 @@ from serving import DEMO, NAME, QUESTIONS, Server, demo_bundle, long, open_model
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.runtime import pauses
 from edgevl.runtime import scheduler as scheduler_module
+from edgevl.runtime.errors import MemoryLimitError
 from edgevl.runtime.image_loading import load_image
 from edgevl.runtime.preflight import Planner
 from edgevl.runtime.results import Completion
@@ -464,32 +465,34 @@ def test_answers_go_on_while_a_picture_is_read(tmp_path: Path, monkeypatch: pyte
     assert meanwhile[-1] > 5
 
 
-def test_a_short_request_overtakes_a_picture_that_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_request_overtakes_a_long_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not another picture, not a longer text, not where no row would be left; and all say what they say alone."""
     usable_library()
     monkeypatch.setattr(pauses, "PASS_SHARE", 0)
     monkeypatch.setattr(scheduler_module, "PASS_SHARE", 0)
+    monkeypatch.setattr(scheduler_module, "_LONG", 128)
     export_bundle(DEMO / "model", tmp_path / NAME, ExportOptions(precision="int8"))
     forever = {"max_new_tokens": 300, "eos_token_ids": (-1,)}
     asked: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         "running": (ours("How many stars?"), forever),
         "picture": (_decoded("Read the text.", "three-lines.png"), {}),
+        "long": (ours("words " * 300), {"max_new_tokens": 5, "eos_token_ids": (-1,)}),
         "short": (ours("What is it?"), {"max_new_tokens": 5, "eos_token_ids": (-1,)}),
         "longer": (ours("words " * 100), {"max_new_tokens": 5, "eos_token_ids": (-1,)}),
         "another picture": (_decoded("How many stars?", "count.png"), {}),
     }
 
-    def begun(rows: int, *names: str) -> list[str]:
-        """The order in which requests begin that come while the picture is encoded."""
+    def begun(rows: int, first: str, *names: str) -> list[str]:
+        """The order in which requests begin that come while the pictures of `first` are encoded, or its prompt read."""
         order: list[str] = []
-        told: dict[str, list[Event]] = {name: [] for name in ("running", "picture", *names)}
+        told: dict[str, list[Event]] = {name: [] for name in ("running", first, *names)}
         scheduler = Scheduler(model, rows, 8, Metrics())
-        encoding, go_on = threading.Event(), threading.Event()
+        reading, go_on = threading.Event(), threading.Event()
         paused = scheduler._go_on
 
         def once(joining: Job) -> None:
-            if scheduler._encoding and not encoding.is_set():
-                encoding.set()
+            if scheduler._overtakable and not reading.is_set():
+                reading.set()
                 assert go_on.wait(20)
             paused(joining)
 
@@ -506,8 +509,8 @@ def test_a_short_request_overtakes_a_picture_that_is_encoded(tmp_path: Path, mon
 
         submit("running")
         until(lambda: bool(told["running"]))
-        submit("picture")
-        assert encoding.wait(20)
+        submit(first)
+        assert reading.wait(20)
         for name in names:
             submit(name)
         until(lambda: scheduler._ready.full())
@@ -520,11 +523,33 @@ def test_a_short_request_overtakes_a_picture_that_is_encoded(tmp_path: Path, mon
 
     with open_model(tmp_path / NAME, image_cache_mb=0) as model:
         alone = {name: model.generate(messages, **settings).text for name, (messages, settings) in asked.items()}
-        assert begun(3, "short", "longer") == ["short", "picture", "longer"]
-        assert begun(4, "short", "short") == ["short", "picture"]
-        assert begun(2, "short") == ["picture", "short"]
-        assert begun(3, "longer", "short") == ["picture", "longer", "short"]
-        assert begun(3, "another picture") == ["picture", "another picture"]
+        assert begun(3, "picture", "short", "longer") == ["short", "picture", "longer"]
+        assert begun(4, "picture", "short", "short") == ["short", "picture"]
+        assert begun(2, "picture", "short") == ["picture", "short"]
+        assert begun(3, "picture", "longer", "short") == ["picture", "longer", "short"]
+        assert begun(3, "picture", "another picture") == ["picture", "another picture"]
+        assert begun(3, "long", "short", "longer") == ["short", "long", "longer"]
+        assert begun(2, "long", "short") == ["long", "short"]
+        assert begun(3, "long", "picture") == ["long", "picture"]
+
+        def begun_aside() -> bool:
+            scheduler = Scheduler(model, 2, 8, Metrics())
+            messages, config = asked["long"][0], model.generation_config(max_new_tokens=5)
+            ready = scheduler_module._Ready(Job(list, {}, print), messages, config, *model.prompt_size(messages))
+            aside = scheduler._row(ready, model.prepare(messages), overtakes=False)[1]
+            assert scheduler.close(10)
+            return aside
+
+        memory = model.row
+        assert begun_aside()
+
+        def no_memory_twice(*args: Any, spare: int, **settings: Any) -> Any:
+            if spare < 0:
+                raise MemoryLimitError("for a prompt that is read aside")
+            return memory(*args, spare=spare, **settings)
+
+        monkeypatch.setattr(model, "row", no_memory_twice)
+        assert begun_aside() is False
 
 
 def _decoded(text: str, picture: str) -> list[dict[str, Any]]:
