@@ -357,8 +357,11 @@ class Scheduler:
                 self._leave(row, Failed(e))
             return
         self._broken = None
-        for row, piece in pieces:
-            self._deliver(row, piece.text)
+        texts: dict[Row, str] = {}
+        for row, piece in pieces:  # with prompt lookup several are one row's, and it ends with the last
+            texts[row] = texts.get(row, "") + piece.text
+        for row, text in texts.items():
+            self._deliver(row, text)
         for row in [*self._running]:
             if row.error is not None:
                 self._leave(row, Failed(row.error))

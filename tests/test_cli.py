@@ -78,7 +78,7 @@ def test_chat(tiny: Pair, photo: Path) -> None:
     done = edgevl("chat", tiny.bundle, "--max-new-tokens", 4, stdin=script)
     assert done.returncode == 0, done.stderr
     assert "/image FILE" in done.stderr and "no answer yet" in done.stderr
-    assert "absent.png: not found" in done.stderr and "/nonsense is unknown" in done.stderr
+    assert "absent.png': not found" in done.stderr and "/nonsense is unknown" in done.stderr
     assert "took back the last question" in done.stderr and "nothing to take back" in done.stderr
     cached = [line for line in done.stderr.splitlines() if "from the cache" in line]
     assert len(cached) == 1 and ", 0 from the cache" not in cached[0]

@@ -316,6 +316,22 @@ def test_first_come_first_served_and_none_is_starved(bundle: Path) -> None:
     assert counts == sorted(set(counts))
 
 
+def test_several_tokens_of_one_step_are_one_text(bundle: Path) -> None:
+    """An answer by prompt lookup may end with the last of them."""
+    settings = {"max_new_tokens": 60, "eos_token_ids": (-1,), "lookup_tokens": 8}
+    told: list[Event] = []
+    with open_model(bundle) as model:
+        expected = model.generate(ours("words " * 20), **settings)
+        assert expected.usage.accepted_tokens > 0
+        scheduler = Scheduler(model, 2, 8, Metrics())
+        scheduler.submit(Job(lambda: ours("words " * 20), settings, told.append))
+        until(lambda: bool(told) and not isinstance(told[-1], Text))
+        assert scheduler.problem is None and scheduler.close(10)
+    *texts, done = told
+    assert isinstance(done, Done) and done.completion.token_ids == expected.token_ids
+    assert "".join(t.text for t in texts if isinstance(t, Text)) == expected.text
+
+
 # ------------------------------------------------------------------------------------------- when things break
 
 
