@@ -36,6 +36,9 @@ _PROFILE = {
     metavar="SM,…",
     help="Compute capabilities, without such a GPU: sm86,sm89 [default: the GPU here].",
 )
+@click.option(
+    "--gpu", type=click.IntRange(min=0), metavar="N", help="Which GPU of this machine to build on [default: 0]."
+)
 @click.option("--device-name", metavar="NAME", help="Name of the plans' folder [default: the GPU's name, or --for].")
 @click.option(
     "--profile",
@@ -61,7 +64,9 @@ _PROFILE = {
 @click.option(
     "--optimization-level", type=click.IntRange(0, 5), metavar="N", help="0 builds fastest, 5 searches longest."
 )
-@click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory (slower).")
+@click.option(
+    "--weight-streaming", is_flag=True, help="Weights for which the GPU has no room stay in host memory (slower)."
+)
 @click.option("--refit", is_flag=True, help="Weights may be replaced in the plans later.")
 @click.option(
     "--lint",

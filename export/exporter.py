@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from edgevl.export.decoder import write_decoder
 from edgevl.export.further_graphs import write_further_decoders, write_further_encoders
 from edgevl.export.graph import DataFile
 from edgevl.export.precision import Precision
+from edgevl.export.swap import swap
 from edgevl.export.targets import TARGETS, Target, find_target
 from edgevl.export.vision_encoder import write_vision_encoder
 from edgevl.runtime.bundle import MANIFEST, OPENVINO_PREFILL, Bundle, FileEntry, GraphEntry, file_sha256
@@ -112,7 +114,7 @@ def export_bundle(
         BundleError: the output exists, or the disk is full.
     """
     started = time.monotonic()
-    target = Path(output).absolute()
+    target = Path(os.path.realpath(output))  # a link stays, and what it leads to is replaced
     _check_output(target, overwrite)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(source))
@@ -297,6 +299,8 @@ def _precision_name(plan: _Plan) -> str:
 
 
 def _check_output(target: Path, overwrite: bool) -> None:
+    if target.is_symlink():  # though links were followed
+        raise BundleError(f"{target}: a symbolic link that leads to itself; choose another output")
     if not target.parent.is_dir():
         raise BundleError(f"{target.parent}: no such folder; create it, or choose another output")
     if not target.exists():
@@ -311,17 +315,13 @@ def _check_output(target: Path, overwrite: bool) -> None:
 def _partial_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """A folder that becomes `target` if the block completes, and disappears if it does not."""
     partial = target.with_name(f".{target.name}.partial")
-    if partial.exists():  # of an export that was killed
-        shutil.rmtree(partial)
-    partial.mkdir()
     try:
+        if partial.exists():  # of an export that was killed
+            shutil.rmtree(partial)
+        partial.mkdir()
         yield partial
-        if overwrite and target.exists():  # moved aside first, so that no moment has a damaged bundle at `target`
-            old = target.with_name(f".{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old)
+        if overwrite:
+            swap(partial, target)
         else:
             partial.rename(target)
     except OSError as e:

@@ -6,6 +6,7 @@ that opens. With TensorRT-RTX it needs no GPU: the compute capabilities are name
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -19,7 +20,9 @@ from typing import Any
 
 from edgevl.export.build_progress import progress_monitor
 from edgevl.export.plan_profiles import decoder_profiles, plan_limits, vision_profile
+from edgevl.export.swap import swap
 from edgevl.runtime.bundle import Bundle, file_sha256
+from edgevl.runtime.cuda_memory import CudaRuntime
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import BundleError, EngineError, InputError
 from edgevl.runtime.gpu import current_gpu
@@ -28,7 +31,6 @@ from edgevl.runtime.plans import (
     PlanFile,
     PlanProfile,
     PlanSet,
-    find_plans,
     plan_folder_name,
 )
 from edgevl.runtime.tensorrt_library import BuildLog, TensorRT, find_tensorrt
@@ -48,7 +50,8 @@ class BuildOptions:
     rows: of a batch that decodes together. prefill: tokens of a prompt that go through at once [1024, or the cache].
     frames: of a video that are encoded at once. min_pixels, max_pixels: of a frame [the bundle's, as far as the KV
     cache can hold its tokens]. workspace: bytes that kernels may use beside weights and activations [the device's].
-    timing_cache: file that keeps what was timed, for the next build (not for targets without their GPU).
+    timing_cache: file that keeps what was timed, for the next build (not for targets without their GPU). gpu: number of
+    the GPU of this machine to build on. weight_streaming: weights for which there is no room may stay in host memory.
     """
 
     targets: tuple[str, ...] = ()
@@ -64,6 +67,7 @@ class BuildOptions:
     weight_streaming: bool = False
     refit: bool = False
     optimization_level: int | None = None
+    gpu: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ def build_plans(
             min_patches=limits.min_patches,
             max_patches=limits.max_patches,
             plans=plans,
+            weight_streaming=options.weight_streaming,
         ).write()
     return BuildReport(PlanSet.read(folder), tuple(reports), peak_rss_bytes(), tuple(notes))
 
@@ -171,9 +176,11 @@ class _Build:
         for ranges in profiles:
             config.add_optimization_profile(_trt_profile(builder, ranges))
         with _interruptible() as cancelled:
-            monitor = None if self._progress is None else progress_monitor(self._library, self._progress, cancelled)
+            # Without a progress to tell too: it is how Ctrl-C ends a build.
+            monitor = progress_monitor(self._library, self._progress or _tell_nobody, cancelled)
             if monitor is not None:
                 config.progress_monitor = monitor
+            log.forget_errors()
             plan = builder.build_serialized_network(network, config)
             if cancelled():
                 raise KeyboardInterrupt
@@ -276,6 +283,8 @@ def _check_version(bundle: Bundle, library: TensorRT) -> None:
 def _device(library: TensorRT, options: BuildOptions) -> tuple[str, tuple[tuple[int, int], ...]]:
     """Name and compute capabilities to build for."""
     known = library.targets()
+    if options.targets and options.gpu is not None:
+        raise InputError("plans for named targets are built on no GPU; leave --for or --gpu away")
     if options.targets:
         if not known:
             raise InputError(
@@ -289,7 +298,10 @@ def _device(library: TensorRT, options: BuildOptions) -> tuple[str, tuple[tuple[
             )
         names = sorted(set(options.targets), key=known.index)
         return options.device_name or "+".join(names), tuple(_capability(n) for n in names)
-    gpu = current_gpu()
+    number = options.gpu or 0
+    gpu = current_gpu(number)
+    if number and current_gpu() is not None:
+        CudaRuntime(number)  # TensorRT builds for the thread's device; says how many there are
     if gpu is None:
         hint = (
             f"name what to build for with --for ({', '.join(known)})"
@@ -316,10 +328,10 @@ def _check_folder(bundle: Bundle, folder: Path, overwrite: bool) -> None:
     if not folder.exists() or overwrite:
         return
     try:
-        found = [p for p in find_plans(bundle) if p.folder == folder]
+        found = PlanSet.read(folder)
     except BundleError:
         return  # damaged: replaced
-    if found and found[0].stale(bundle) is None:
+    if found.stale(bundle) is None:
         raise BundleError(f"{folder}: exists already; pass --overwrite to build it again")
 
 
@@ -331,19 +343,13 @@ def _sources(bundle: Bundle, role: str) -> dict[str, str]:
 @contextmanager
 def _partial(target: Path) -> Iterator[Path]:
     """A folder that takes the place of `target` if the block completes, and disappears if it does not."""
+    target = Path(os.path.realpath(target))
     partial = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
         partial.mkdir(parents=True)
         yield partial
-        if target.exists():
-            old = target.with_name(f".{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(target)
+        swap(partial, target)
     except OSError as e:
         raise BundleError(f"{target}: cannot be written ({e.strerror or e})") from None
     finally:
@@ -364,6 +370,10 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         yield pressed.is_set
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _tell_nobody(phase: str, step: int, steps: int) -> None:
+    pass
 
 
 def _bound(progress: Progress, role: str) -> Callable[[str, int, int], None]:

@@ -180,7 +180,7 @@ class Bundle:
             self.check_hashes()
 
     def check_hashes(self) -> None:
-        """Raises BundleError for the first file whose sha256 differs from the manifest's."""
+        """Raises BundleError for the first file whose sha256 differs from the manifest's, TensorRT plans included."""
         for name, entry in self.files.items():
             found = file_sha256(self.folder / name)
             if found != entry.sha256:
@@ -188,6 +188,9 @@ class Bundle:
                     f"{self.folder / name}: sha256 is {found[:16]}…, the manifest says {entry.sha256[:16]}…; "
                     "the file was changed or damaged: copy the bundle again or re-export"
                 )
+        from edgevl.runtime.plans import check_plan_hashes  # which are read with their bundle
+
+        check_plan_hashes(self)
 
 
 def file_sha256(path: Path) -> str:

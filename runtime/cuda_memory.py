@@ -55,11 +55,14 @@ _MEMCPY_DEFAULT = 4  # cudaMemcpyDefault: the direction follows from the address
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: not held up by the legacy default stream
 _CAPTURE_RELAXED = 2  # cudaStreamCaptureModeRelaxed: other threads may allocate meanwhile
 _MAJOR, _MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor / Minor
+_INTEGRATED = 18  # cudaDevAttrIntegrated: the GPU works in the machine's memory
 _OUT_OF_MEMORY = 2
+MEMINFO = Path("/proc/meminfo")
 
 
 class CudaRuntime:
-    """The loaded library, bound to one device.
+    """The loaded library, bound to one device. CUDA keeps the current device per thread, and any library may change it:
+    whatever depends on it calls `use` first.
 
     Raises:
         EngineError: no library (says where it was looked for), no driver, no such device.
@@ -72,7 +75,11 @@ class CudaRuntime:
         self.call("cudaGetDeviceCount", ctypes.byref(count))
         if not 0 <= device < count.value:
             raise EngineError(f"GPU {device} does not exist; expected a number from 0 to {count.value - 1}")
-        self.call("cudaSetDevice", device)
+        self.use()
+
+    def use(self) -> None:
+        """Make the device the calling thread's; far less than a microsecond where it is already."""
+        self.call("cudaSetDevice", self.device)
 
     def call(self, name: str, *arguments: object) -> None:
         """Call `name` and raise EngineError, with the error's name and text, where it does not return success."""
@@ -100,18 +107,22 @@ class CudaRuntime:
     @property
     def capability(self) -> tuple[int, int]:
         """Compute capability (major, minor) of the device."""
-        values = []
-        for attribute in (_MAJOR, _MINOR):
-            value = _I()
-            self.call("cudaDeviceGetAttribute", ctypes.byref(value), attribute, self.device)
-            values.append(value.value)
-        return values[0], values[1]
+        return self._attribute(_MAJOR), self._attribute(_MINOR)
+
+    def _attribute(self, number: int) -> int:
+        value = _I()
+        self.call("cudaDeviceGetAttribute", ctypes.byref(value), number, self.device)
+        return value.value
 
     def memory(self) -> tuple[int, int]:
-        """(free, total) bytes of the device; on a Jetson this is the machine's memory."""
+        """(free, total) bytes of the device. On a Jetson this is the machine's memory, of which CUDA does not count as
+        free what the kernel keeps files in and gives back on demand."""
+        self.use()
         free, total = _Z(), _Z()
         self.call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-        return free.value, total.value
+        if not self._attribute(_INTEGRATED):
+            return free.value, total.value
+        return max(free.value, min(_available(), total.value)), total.value
 
     def allocate(self, nbytes: int, what: str, advice: str) -> DeviceBuffer:
         """Device memory, not cleared.
@@ -119,6 +130,7 @@ class CudaRuntime:
         Args:
             what: names it in the error of a device that is too full; `advice` says what to do then.
         """
+        self.use()
         pointer = _P()
         status = self._library.cudaMalloc(ctypes.byref(pointer), max(1, nbytes))
         if status == _OUT_OF_MEMORY:
@@ -130,11 +142,13 @@ class CudaRuntime:
 
     def pinned(self, nbytes: int) -> PinnedArray:
         """Page-locked host memory: copies from and to it do not wait for the host."""
+        self.use()
         pointer = _P()
         self.call("cudaHostAlloc", ctypes.byref(pointer), max(1, nbytes), 0)
         return PinnedArray(self, int(pointer.value or 0), nbytes)
 
     def stream(self) -> Stream:
+        self.use()
         pointer = _P()
         self.call("cudaStreamCreateWithFlags", ctypes.byref(pointer), _NON_BLOCKING)
         return Stream(self, int(pointer.value or 0))
@@ -240,6 +254,16 @@ def gigabytes(nbytes: int) -> str:
 
 def out_of_memory(what: str, needed: int, free: int, total: int, advice: str) -> str:
     return f"{what} needs {gigabytes(needed)} of GPU memory, {gigabytes(free)} of {gigabytes(total)} are free; {advice}"
+
+
+def _available() -> int:
+    """Bytes of the machine's memory that can be had without swapping (Linux' MemAvailable); 0 where none tells."""
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return 0
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0][1]) * 1024 if found else 0
 
 
 def _load() -> tuple[ctypes.CDLL, str]:

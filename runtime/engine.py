@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from edgevl.runtime.bundle import NATIVE_DECODER, Bundle
 from edgevl.runtime.errors import EdgeVLError, EngineError, InputError
+from edgevl.runtime.gpu import Gpu, current_gpu
 from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView, KVCache
 
@@ -120,10 +121,15 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
-def engine_status(bundle: Bundle | None = None) -> list[EngineStatus]:
-    """Which engines could run here, and `bundle` if one is given, in the order of ENGINES; for `edgevl doctor`, for
-    `auto` and for errors. Imports an engine library where installed."""
-    checks = {"ort-cpu": _ort_cpu, "openvino": _openvino, "ort-cuda": _ort_cuda, "tensorrt": _tensorrt}
+def engine_status(bundle: Bundle | None = None, gpu: int = 0) -> list[EngineStatus]:
+    """Which engines could run here, on GPU number `gpu` where they need one, and `bundle` if one is given, in the order
+    of ENGINES; for `edgevl doctor`, for `auto` and for errors. Imports an engine library where installed."""
+    checks: dict[str, Callable[[Bundle | None], str]] = {
+        "ort-cpu": _ort_cpu,
+        "openvino": _openvino,
+        "ort-cuda": lambda of: _ort_cuda(of, gpu),
+        "tensorrt": lambda of: _tensorrt(of, gpu),
+    }
     found = []
     for name in ENGINES:
         try:
@@ -150,7 +156,7 @@ def open_engine(
         raise EngineError(f"engine {name!r} is unknown; expected auto, {', '.join(ENGINES)}")
     if threads is not None and threads < 1:  # before `auto` says anything
         raise InputError(f"threads is {threads}, expected at least 1")
-    status = {s.name: s for s in engine_status(bundle)}
+    status = {s.name: s for s in engine_status(bundle, gpu.device)}
     if name == "auto":
         name = _first_usable(bundle, status, notice)
     elif not status[name].usable:
@@ -172,13 +178,13 @@ def open_engine(
     return OrtEngine(bundle, threads=threads)
 
 
-def choose_engine(bundle: Bundle, notice: Callable[[str], None] | None = None) -> str:
-    """The engine that `auto` stands for; `notice` is told which, and why not those before it.
+def choose_engine(bundle: Bundle, notice: Callable[[str], None] | None = None, gpu: int = 0) -> str:
+    """The engine that `auto` stands for on GPU number `gpu`; `notice` is told which, and why not those before it.
 
     Raises:
         EngineError: none can run this bundle here.
     """
-    return _first_usable(bundle, {s.name: s for s in engine_status(bundle)}, notice)
+    return _first_usable(bundle, {s.name: s for s in engine_status(bundle, gpu)}, notice)
 
 
 def _first_usable(bundle: Bundle, status: Mapping[str, EngineStatus], notice: Callable[[str], None] | None) -> str:
@@ -238,10 +244,10 @@ def _openvino(bundle: Bundle | None) -> str:
     return f"openvino {openvino_version()} for {what}, onnxruntime {_onnxruntime()} for the rest{_kernels(bundle)}"
 
 
-def _ort_cuda(bundle: Bundle | None) -> str:
+def _ort_cuda(bundle: Bundle | None, number: int) -> str:
     if bundle is not None and bundle.target != "cuda":
         raise EngineError(f"the bundle was exported for {bundle.target!r}; export with --target cuda")
-    gpu, version = _gpu(), _onnxruntime()
+    gpu, version = _gpu(number), _onnxruntime()
     import onnxruntime
 
     from edgevl.runtime.ort_cuda_engine import provider_problem
@@ -255,10 +261,10 @@ def _ort_cuda(bundle: Bundle | None) -> str:
     problem = provider_problem()
     if problem is not None:
         raise EngineError(f"onnxruntime {version}: {problem}")
-    return f"onnxruntime {version} with CUDA on {gpu}"
+    return f"onnxruntime {version} with CUDA on {_described(gpu)}"
 
 
-def _tensorrt(bundle: Bundle | None) -> str:
+def _tensorrt(bundle: Bundle | None, number: int) -> str:
     from edgevl.runtime.plan_choice import choose_plans
     from edgevl.runtime.plans import find_plans
     from edgevl.runtime.tensorrt_library import find_tensorrt, installed_versions
@@ -268,30 +274,32 @@ def _tensorrt(bundle: Bundle | None) -> str:
             f"the bundle was exported for {bundle.target!r}; export with --target tensorrt (10.15 or newer) or jetpack6"
         )
     library = find_tensorrt()
-    gpu = _gpu()
+    gpu = _gpu(number)
     if bundle is None:
-        return f"{library.name} on {gpu}"
-    plans = find_plans(bundle)
-    if not plans:
-        raise EngineError("the bundle has no TensorRT plans; run `edgevl build` on it here")
-    from edgevl.runtime.gpu import current_gpu
-
-    device = current_gpu()
-    chosen, reasons = choose_plans(bundle, plans, installed_versions(), device.capability if device else (0, 0))
+        return f"{library.name} on {_described(gpu)}"
+    chosen, reasons = choose_plans(bundle, find_plans(bundle), installed_versions(), gpu.capability)
     if chosen is None:
+        if not reasons:
+            raise EngineError("the bundle has no TensorRT plans; run `edgevl build` on it here")
         raise EngineError(f"no plans of the bundle fit: {'; '.join(reasons)}; run `edgevl build` here")
-    return f"{chosen.flavour} {chosen.version}, plans {chosen.folder.name}, on {gpu}"
+    return f"{chosen.flavour} {chosen.version}, plans {chosen.folder.name}, on {_described(gpu)}"
 
 
-def _gpu() -> str:
-    """`NVIDIA H100 (9.0)`. Raises EngineError where there is none, or CUDA's runtime is missing."""
+def _gpu(number: int) -> Gpu:
+    """GPU `number`. Raises EngineError where there is none, or CUDA's runtime is missing."""
     from edgevl.runtime.cuda_memory import CudaRuntime
-    from edgevl.runtime.gpu import current_gpu
 
-    gpu = current_gpu()
-    if gpu is None:
+    gpu = current_gpu(number)
+    if gpu is None and (number == 0 or current_gpu() is None):
         raise EngineError("no NVIDIA GPU is found (libcuda, the driver's library, is missing or has no device)")
-    CudaRuntime()
+    CudaRuntime(number)  # says how many there are
+    if gpu is None:
+        raise EngineError(f"GPU {number} does not answer; try another --gpu")
+    return gpu
+
+
+def _described(gpu: Gpu) -> str:
+    """`NVIDIA H100 (9.0)`."""
     return "{} ({}.{})".format(gpu.name, *gpu.capability)
 
 

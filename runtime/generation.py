@@ -173,6 +173,7 @@ class VisionLanguageModel:
         """Free the engine; nothing can be asked afterwards. Closing twice is closing once."""
         if not self._closed:
             self._closed = True
+            self._vision.close()
             self.engine.close()
 
     def _check_open(self) -> None:

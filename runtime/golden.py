@@ -125,7 +125,8 @@ def replay(
     notice: Callable[[str], None] | None = None,
     progress: Callable[[StageResult], None] | None = None,
 ) -> VerifyReport:
-    """Check the bundle's hashes, then run its golden vectors through an engine, stage by stage.
+    """Check the hashes of the bundle and of its TensorRT plans, then run its golden vectors through an engine, stage by
+    stage.
 
     Args:
         engine: a name, as for `VisionLanguageModel.open`, or an open engine, which stays open.

@@ -9,8 +9,9 @@ number of rows and set of cache buffers. The providers' options are those of onn
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
+import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from edgevl.runtime.cuda_memory import CudaRuntime, Stream, gigabytes
 from edgevl.runtime.device_cache import BufferPool, DeviceKVCache
 from edgevl.runtime.device_tensor import DeviceTensor, Rows, Staging
 from edgevl.runtime.engine import DEFAULT_GPU, EngineLimits, GpuOptions
-from edgevl.runtime.errors import EngineError
+from edgevl.runtime.errors import EngineError, EngineFailedError
 from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.kv_cache import CacheView
 from edgevl.runtime.ort_engine import check_signature, check_version
@@ -42,7 +43,29 @@ __all__ = [
 PROVIDER = "CUDAExecutionProvider"
 _ON_CPU = ("total_sequence_length",)  # GroupQueryAttention reads it on the host
 _NO_GRAPH = "-1"
+_NO_PROVIDER = "it has no CUDA provider; pip uninstall onnxruntime, then pip install 'edgevl[ort-gpu]'"
+_LIBRARIES = (
+    "install the CUDA and cuDNN that it was built for (pip install 'onnxruntime-gpu[cuda,cudnn]'; on a Jetson the "
+    "wheel made for your JetPack)"
+)
 MAX_GRAPHS = 16  # ONNX Runtime frees captured graphs with the session only
+_PROBE_S = 120
+# What a process of its own runs: says which library the CUDA provider lacks. With none lacking it may die as it loads
+# (1.26 and 1.28 do where onnxruntime has not set its side up, as a session does), which is no problem.
+_PROBE = """
+import contextlib, ctypes, io, os, sys
+sys.path[:] = sys.argv[1].split(os.pathsep)
+import onnxruntime
+if hasattr(onnxruntime, "preload_dlls"):
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls(directory="")
+try:
+    for path in sys.argv[2:]:
+        ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+except OSError as e:
+    print(" ".join(str(e).split()))
+    sys.exit(3)
+"""
 
 
 def cuda_session(path: Path, options: GpuOptions, capture: bool) -> ort.InferenceSession:
@@ -64,12 +87,15 @@ def cuda_session(path: Path, options: GpuOptions, capture: bool) -> ort.Inferenc
     }
     if options.memory is not None:
         provider["gpu_mem_limit"] = str(options.memory)
-    missing = provider_problem()
-    if missing is not None:
-        raise EngineError(f"{path}: onnxruntime {ort.__version__} cannot run it on CUDA: {missing}")
+    if PROVIDER not in ort.get_available_providers():
+        raise EngineError(f"{path}: onnxruntime {ort.__version__} cannot run it on CUDA: {_NO_PROVIDER}")
     ort.set_default_logger_severity(4)
+    if hasattr(ort, "preload_dlls"):  # CUDA and cuDNN out of the nvidia-* packages, where they are installed
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls(directory="")
     try:
-        session = ort.InferenceSession(str(path), settings, providers=[(PROVIDER, provider)])
+        # Without its own fallback, which prints to stdout and goes on with the CPU.
+        session = ort.InferenceSession(str(path), settings, providers=[(PROVIDER, provider)], enable_fallback=0)
     except Exception as e:  # onnxruntime raises its own classes, undocumented
         raise EngineError(_explain(path, " ".join(str(e).split()), options)) from None
     check_providers(path, session.get_providers())
@@ -77,24 +103,24 @@ def cuda_session(path: Path, options: GpuOptions, capture: bool) -> ort.Inferenc
 
 
 def provider_problem() -> str | None:
-    """Why ONNX Runtime's CUDA provider cannot be loaded here (which library is missing), or None where it can."""
+    """Why ONNX Runtime's CUDA provider cannot be loaded here (which library is missing), or None where it can, as far
+    as can be told without a session."""
+    if PROVIDER not in ort.get_available_providers():
+        return _NO_PROVIDER
     folder = Path(ort.__file__).parent / "capi"
-    if not (folder / "libonnxruntime_providers_cuda.so").exists():
-        if sys.platform == "win32":
-            return None  # other names; the session will tell
-        return "this onnxruntime has no CUDA provider; pip install 'edgevl[ort-gpu]' in its place"
-    if hasattr(ort, "preload_dlls"):  # CUDA and cuDNN out of the nvidia-* packages, where they are installed
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-            ort.preload_dlls(directory="")
+    libraries = [str(folder / f"libonnxruntime_providers_{name}.so") for name in ("shared", "cuda")]
+    if not sys.executable or not all(Path(library).exists() for library in libraries):
+        return None  # other names, as on Windows; the session will tell
     try:
-        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
-    except OSError as e:
-        return (
-            f"its CUDA provider does not load: {e}; install the CUDA and cuDNN that it was built for "
-            "(pip install 'onnxruntime-gpu[cuda,cudnn]'; on a Jetson the wheel made for your JetPack)"
-        )
-    return None
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _PROBE, os.pathsep.join(filter(None, sys.path)), *libraries],
+            capture_output=True, text=True, errors="replace", timeout=_PROBE_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode != 3:
+        return None
+    return f"its CUDA provider does not load: {done.stdout.strip().splitlines()[-1]}; {_LIBRARIES}"
 
 
 def check_providers(path: Path, got: Sequence[str]) -> None:
@@ -109,11 +135,18 @@ def check_providers(path: Path, got: Sequence[str]) -> None:
 def _explain(path: Path, reason: str, options: GpuOptions) -> str:
     head = f"{path}: onnxruntime {ort.__version__} cannot run it on CUDA: "
     if "fallback to CPU EP has been explicitly disabled" in reason:
-        return f"{head}the provider did not start or lacks an operator; `edgevl doctor` says more, or use ort-cpu"
+        problem = provider_problem() or "the provider did not start or lacks an operator; `edgevl doctor` says more"
+        return f"{head}{problem}, or use --engine ort-cpu"
     if "Failed to allocate memory" in reason or "out of memory" in reason:
         limit = "" if options.memory is None else f" (the limit is {gigabytes(options.memory)})"
         return f"{head}not enough GPU memory{limit}: {reason[:200]}"
-    return f"{head}{reason[:300]}"
+    return f"{head}{_cause(reason)}"
+
+
+def _cause(reason: str) -> str:
+    """CUDA's own words, where they are in what onnxruntime says: templates and source lines come before them."""
+    start = reason.find("CUDA failure")
+    return reason[:300] if start < 0 else reason[start:].partition(" ; ")[0][:300]
 
 
 class GraphNumbers:
@@ -151,7 +184,7 @@ class OrtCudaGraph:
         self._cuda, self._stream, self._device, self._keep = cuda, stream, options.device, keep
         self._merged = merged
         self._capture = bool(options.cuda_graph) and bool(spec.cache)
-        self._session = cuda_session(path, options, self._capture)
+        self._session: ort.InferenceSession | None = cuda_session(path, options, self._capture)
         check_signature(path, spec, [i.name for i in self._session.get_inputs()])
         self._dtypes = {t.name: np.dtype(t.dtype) for t in spec.inputs}
         self._cached = dict(spec.cache)
@@ -164,6 +197,9 @@ class OrtCudaGraph:
 
     def run(self, feeds: Mapping[str, Rows], cache: CacheView | None = None) -> dict[str, Any]:
         """Run once. `image_embeds` may be a DeviceTensor. Outputs in `keep` are DeviceTensors, the others numpy."""
+        if self._session is None:
+            raise EngineError(f"graph {self.spec.name!r} is closed; open the model again")
+        self._cuda.use()
         wanted = np.size(feeds["logits_rows"]) if "logits_rows" in feeds else None
         if (
             wanted == 0
@@ -187,15 +223,20 @@ class OrtCudaGraph:
         try:
             self._session.run_with_iobinding(binding, options)
         except Exception as e:
-            raise EngineError(
-                f"graph {self.spec.name!r}: onnxruntime failed: {' '.join(str(e).split())[:300]}"
-            ) from None
+            what = f"graph {self.spec.name!r}: onnxruntime failed: {_cause(' '.join(str(e).split()))}"
+            raise EngineFailedError(what) from None
         found: dict[str, Any] = {}
         for name, tensor in results.items():
             found[name] = tensor if name in self._keep else tensor.numpy()
         if wanted == 0:
             found["logits"] = found["logits"][:0]
         return found
+
+    def close(self) -> None:
+        """Free the session and what it works in, whoever still holds this object."""
+        self._session = None
+        self._staging.clear()
+        self._results.clear()
 
     def _graph_number(self, feeds: Mapping[str, Rows], cache: CacheView | None) -> int | None:
         """Number of the captured graph for this step; None where it is not one token per row, or not wanted."""
@@ -298,5 +339,7 @@ class OrtCudaEngine:
 
     def close(self) -> None:
         """Free the sessions and the pooled memory; the engine cannot run afterwards."""
+        for graph in self._graphs.values():
+            graph.close()
         self._graphs.clear()
         self._pool.close()

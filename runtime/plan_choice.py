@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from edgevl.runtime.bundle import Bundle
-from edgevl.runtime.plans import FLAVOURS, PlanSet
+from edgevl.runtime.plans import FLAVOURS, FoundPlans, PlanSet
 
 __all__ = ["choose_plans"]
 
 
 def choose_plans(
-    bundle: Bundle, plans: Sequence[PlanSet], versions: Mapping[str, str], capability: tuple[int, int]
+    bundle: Bundle, plans: FoundPlans, versions: Mapping[str, str], capability: tuple[int, int]
 ) -> tuple[PlanSet | None, list[str]]:
-    """The plan set to open and what is wrong with each of the others that were looked at before it.
+    """The plan set to open, and what is wrong with each of the others that were looked at before it; with all of them
+    where there is none to open.
 
     Standard TensorRT comes before TensorRT-RTX, then the order of `plans`.
 
@@ -22,12 +23,12 @@ def choose_plans(
         capability: (major, minor) of the GPU here.
     """
     reasons = []
-    for found in sorted(plans, key=lambda p: FLAVOURS.index(p.flavour)):
+    for found in sorted(plans.sets, key=lambda p: FLAVOURS.index(p.flavour)):
         reason = _reason(bundle, found, versions, capability)
         if reason is None:
             return found, reasons
         reasons.append(f"{found.folder.name}: {reason}")
-    return None, reasons
+    return None, [*reasons, *plans.problems]
 
 
 def _reason(bundle: Bundle, plans: PlanSet, versions: Mapping[str, str], capability: tuple[int, int]) -> str | None:

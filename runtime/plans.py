@@ -24,10 +24,12 @@ __all__ = [
     "PLANS",
     "PREFILL_PROFILE",
     "VISION_PROFILE",
+    "FoundPlans",
     "PlanFile",
     "PlanProfile",
     "PlanSet",
     "ShapeRange",
+    "check_plan_hashes",
     "find_plans",
     "plan_folder_name",
 ]
@@ -35,8 +37,10 @@ __all__ = [
 ENGINES_FOLDER = "engines"
 PLANS = "plans.json"
 PLANS_SCHEMA = 1
+_AGAIN = "; run `edgevl build` again"  # how the errors of one set end
 FLAVOURS = ("tensorrt", "tensorrt_rtx")  # also the names of the Python packages that build and open them
 DTYPES = ("float16", "bfloat16", "float32")
+_STREAMS = "weight_streaming"
 DECODE_PROFILE, PREFILL_PROFILE, VISION_PROFILE = "decode", "prefill", "vision"
 _PROFILES: dict[str, tuple[str, ...]] = {"vision": (VISION_PROFILE,), "decoder": (DECODE_PROFILE, PREFILL_PROFILE)}
 
@@ -95,6 +99,7 @@ class PlanSet:
     min_patches: int  # of one frame
     max_patches: int
     plans: Mapping[str, PlanFile]  # "vision" and "decoder"
+    weight_streaming: bool = False  # built so that weights may stay in host memory
 
     def path(self, role: str) -> Path:
         return self.folder / self.plans[role].file
@@ -155,6 +160,7 @@ class PlanSet:
             "min_patches": self.min_patches,
             "max_patches": self.max_patches,
             "plans": {role: _plan_to_dict(plan) for role, plan in sorted(self.plans.items())},
+            **({_STREAMS: True} if self.weight_streaming else {}),
         }
 
     def write(self) -> None:
@@ -197,7 +203,10 @@ class PlanSet:
     def _parse(cls, folder: Path, data: dict[str, Any]) -> PlanSet:
         numbers = ("capacity", "max_rows", "max_prefill", "min_patches", "max_patches")
         texts = ("flavour", "version", "device")
-        _exact_keys(data, {"schema_version", *texts, "capabilities", *numbers, "plans"})
+        optional = {_STREAMS} & set(data)
+        _exact_keys(data, {"schema_version", *texts, "capabilities", *numbers, "plans", *optional})
+        if optional and data[_STREAMS] is not True:
+            raise ValueError(f"{_STREAMS} is {data[_STREAMS]!r}, expected true, or nothing")
         if data["flavour"] not in FLAVOURS:
             raise ValueError(f"flavour {data['flavour']!r} is not one of {', '.join(FLAVOURS)}")
         for key in texts:
@@ -217,17 +226,40 @@ class PlanSet:
             **{key: data[key] for key in (*texts, *numbers)},
             capabilities=capabilities,
             plans={role: _plan_from_dict(role, plan) for role, plan in data["plans"].items()},
+            weight_streaming=bool(optional),
         )
 
 
-def find_plans(bundle: Bundle) -> list[PlanSet]:
-    """The plan sets of a bundle, by folder name. A folder without `plans.json` is a build that did not end: left out.
+@dataclass(frozen=True)
+class FoundPlans:
+    """The plan sets of a bundle, by folder name, and what is wrong with those that cannot be read."""
 
-    Raises:
-        BundleError: a malformed `plans.json`, or plan files that are not what it lists.
-    """
+    sets: tuple[PlanSet, ...]
+    problems: tuple[str, ...]
+
+
+def find_plans(bundle: Bundle) -> FoundPlans:
+    """What `edgevl build` left in a bundle; a damaged set does not stand in the way of the others. A folder without
+    `plans.json` is a build that did not end: left out."""
+    sets: list[PlanSet] = []
+    problems: list[str] = []
+    for folder in _plan_folders(bundle):
+        try:
+            sets.append(PlanSet.read(folder))
+        except BundleError as e:
+            problems.append(str(e).removesuffix(_AGAIN))
+    return FoundPlans(tuple(sets), tuple(problems))
+
+
+def check_plan_hashes(bundle: Bundle) -> None:
+    """Raises BundleError for the first plan set of a bundle that cannot be read, or a plan of another sha256."""
+    for folder in _plan_folders(bundle):
+        PlanSet.read(folder).check_files(verify_hashes=True)
+
+
+def _plan_folders(bundle: Bundle) -> list[Path]:
     folders = sorted(p.parent for p in bundle.path(ENGINES_FOLDER).glob(f"*/{PLANS}"))
-    return [PlanSet.read(folder) for folder in folders if not folder.name.startswith(".")]
+    return [folder for folder in folders if not folder.name.startswith(".")]
 
 
 def plan_folder_name(flavour: str, version: str, device: str) -> str:

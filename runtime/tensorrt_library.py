@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import platform
 import sys
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from edgevl.runtime.plans import FLAVOURS
 __all__ = ["BuildLog", "TensorRT", "find_tensorrt", "how_to_install", "installed_versions"]
 
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+_KEPT, _LONGEST = 100, 600  # messages, and characters of one that is told
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,25 @@ class TensorRT:
 
 
 def find_tensorrt(flavour: str | None = None) -> TensorRT:
-    """Import `flavour`, or the first that is installed: TensorRT, then TensorRT-RTX.
+    """Import `flavour`, or the first that is installed and can be imported: TensorRT, then TensorRT-RTX.
 
     Raises:
-        EngineError: none is installed (says what to install here), or it cannot be imported.
+        EngineError: none is installed (says what to install here), or none can be imported.
     """
+    broken = []
     for name in FLAVOURS if flavour is None else (flavour,):
         if importlib.util.find_spec(name) is None:
             continue
         try:
             module = importlib.import_module(name)
-        except (ImportError, OSError, RuntimeError) as e:
-            raise EngineError(f"{name} is installed but cannot be imported: {e}; {how_to_install(name)}") from None
+        except Exception as e:  # of bindings that do not fit their libraries, or numpy: any class
+            reason = " ".join(str(e).split()) or type(e).__name__
+            broken.append(f"{name} is installed but cannot be imported: {reason}; {how_to_install(name)}")
+            continue
         if hasattr(module, "Builder"):  # a folder without the bindings imports too
             return TensorRT(name, module)
+    if broken:
+        raise EngineError("; ".join(broken))
     wanted = "TensorRT" if flavour is None else _NAMES[flavour]
     raise EngineError(f"{wanted} is not installed here; {how_to_install(flavour)}")
 
@@ -97,11 +104,11 @@ def installed_versions() -> dict[str, str]:
 
 
 class BuildLog:
-    """TensorRT's messages: warnings and errors are kept, the errors for the message of a build that fails."""
+    """TensorRT's messages: the latest warnings, and errors for the message of a call that fails."""
 
     def __init__(self, library: TensorRT) -> None:
-        self.errors: list[str] = []
-        self.warnings: list[str] = []
+        self.errors: deque[str] = deque(maxlen=_KEPT)
+        self.warnings: deque[str] = deque(maxlen=_KEPT)
         log = self
         base = library.module.ILogger
         error, warning = base.Severity.ERROR, base.Severity.WARNING
@@ -116,8 +123,15 @@ class BuildLog:
         self.logger = Logger()
 
     def reason(self) -> str:
-        """The first error on one line."""
-        return " ".join(self.errors[0].split()) if self.errors else "it gave no reason"
+        """The last error on one line."""
+        if not self.errors:
+            return "it gave no reason"
+        text = " ".join(self.errors[-1].split())
+        return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+    def forget_errors(self) -> None:
+        """Before a call: an error of an earlier one is not its reason."""
+        self.errors.clear()
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -11,10 +11,7 @@ TensorRT's that is used here is held against its bindings.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,142 +26,65 @@ from edgevl.runtime.graph_spec import APPENDED, GraphSpec
 from edgevl.runtime.kv_cache import CacheView
 from edgevl.runtime.plan_choice import choose_plans
 from edgevl.runtime.plans import DECODE_PROFILE, PREFILL_PROFILE, VISION_PROFILE, PlanSet, find_plans
-from edgevl.runtime.tensorrt_library import BuildLog, TensorRT, find_tensorrt, installed_versions
+from edgevl.runtime.tensorrt_library import find_tensorrt, installed_versions
 from edgevl.runtime.trt_feeds import as_dtype, tensorrt_feeds
-from edgevl.runtime.trt_shapes import check_device_memory, check_patches, check_rows, frames_at_once, visible_tokens
+from edgevl.runtime.trt_plan import Context, Plan
+from edgevl.runtime.trt_shapes import (
+    cache_bytes,
+    check_device_memory,
+    check_patches,
+    check_rows,
+    frames_at_once,
+    visible_tokens,
+)
 
 __all__ = ["TrtEngine"]
 
 Notice = Callable[[str], None]
 
 
-class _Plan:
-    """One deserialized engine and how contexts of it are made."""
-
-    def __init__(self, library: TensorRT, path: Path, cuda: CudaRuntime, role: str) -> None:
-        self._library, self._cuda, self._path = library, cuda, path
-        short = check_device_memory(f"the {role} plan", path.stat().st_size, *cuda.memory())
-        if short is not None:
-            raise EngineError(f"{path}: {short}")
-        trt = library.module
-        self.log = BuildLog(library)
-        self._runtime = trt.Runtime(self.log.logger)
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            self.engine = self._runtime.deserialize_cuda_engine(data)
-        if self.engine is None:
-            raise EngineError(f"{path}: {library.name} cannot open it: {self.log.reason()}; run `edgevl build` again")
-        self.cache_file = path.with_suffix(".runtime-cache")
-        self._config, self._runtime_cache = self._open_cache()
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Device memory for activations of whichever profile needs most."""
-        return max(
-            int(self.engine.get_device_memory_size_for_profile_v2(i))
-            for i in range(self.engine.num_optimization_profiles)
-        )
-
-    def context(self, profile: int, scratch: DeviceBuffer, stream: Stream) -> _Context:
-        trt = self._library.module
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._config is not None:
-            self._config.set_execution_context_allocation_strategy(strategy)
-            context = self.engine.create_execution_context(self._config)
-        else:
-            context = self.engine.create_execution_context(strategy)
-        if context is None:
-            raise EngineError(f"{self._path}: no execution context: {self.log.reason()}")
-        context.set_device_memory(scratch.pointer, scratch.nbytes)
-        if not context.set_optimization_profile_async(profile, stream.pointer):
-            raise EngineError(f"{self._path}: profile {profile} cannot be set: {self.log.reason()}")
-        stream.synchronize()
-        return _Context(context, self.log, stream, self._path.name)
-
-    def _open_cache(self) -> tuple[Any, Any]:
-        """TensorRT-RTX compiles kernels on the target; a cache beside the plan keeps them for the next start."""
-        if not hasattr(self.engine, "create_runtime_config") or not hasattr(self._library.module, "IRuntimeCache"):
-            return None, None
-        config = self.engine.create_runtime_config()
-        runtime_cache = config.create_runtime_cache()
-        with suppress(OSError):  # none yet
-            runtime_cache.deserialize(
-                self.cache_file.read_bytes()
-            )  # of another device or driver: refused, and written anew
-        config.set_runtime_cache(runtime_cache)
-        return config, runtime_cache
-
-    def save_runtime_cache(self) -> None:
-        """Best effort: a bundle may lie where nothing can be written."""
-        if self._runtime_cache is None:
-            return
-        partial = self.cache_file.with_name(f".{self.cache_file.name}.partial")
-        try:
-            partial.write_bytes(memoryview(self._runtime_cache.serialize()))
-            partial.replace(self.cache_file)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-
-
-class _Context:
-    """An execution context of one profile; remembers shapes and addresses, and sets only what has changed."""
-
-    def __init__(self, context: Any, log: BuildLog, stream: Stream, name: str) -> None:
-        self._context, self._log, self._stream, self._name = context, log, stream, name
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
-
-    def shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if self._shapes.get(name) != shape:
-            self._check(self._context.set_input_shape(name, shape), f"shape {list(shape)} of {name!r}")
-            self._shapes[name] = shape
-
-    def address(self, name: str, pointer: int) -> None:
-        if self._addresses.get(name) != pointer:
-            self._check(self._context.set_tensor_address(name, pointer), f"the address of {name!r}")
-            self._addresses[name] = pointer
-
-    def enqueue(self) -> None:
-        self._check(self._context.execute_async_v3(self._stream.pointer), "the call")
-
-    def _check(self, accepted: bool, what: str) -> None:
-        if not accepted:
-            raise EngineError(f"{self._name}: TensorRT refused {what}: {self._log.reason()}")
-
-
 class TrtVision:
     """The vision plan; pictures beyond its profile are refused before anything runs."""
 
     def __init__(
-        self, spec: GraphSpec, plans: PlanSet, context: _Context, stream: Stream, merged: int, patch: int
+        self, spec: GraphSpec, plans: PlanSet, context: Context, stream: Stream, merged: int, patch: int
     ) -> None:
         self.spec = spec
-        self._plans, self._context, self._stream, self._merged, self._patch = plans, context, stream, merged, patch
+        self._plans, self._stream, self._merged, self._patch = plans, stream, merged, patch
+        self._context: Context | None = context
         self._staging = Staging(stream.cuda, stream)
         self._frames = frames_at_once(plans)
 
     def run(self, feeds: Mapping[str, Any], cache: CacheView | None = None) -> dict[str, Any]:
         """patches [frames, patches, 1176] and rotary rows -> image_embeds, on the device."""
+        if self._context is None:
+            raise EngineError("the vision plan is closed; open the model again")
+        self._stream.cuda.use()
         frames, patches, _ = np.shape(feeds["patches"])
         check_patches(patches, self._plans, self._patch)
         parts: list[Rows] = []
         for start in range(0, frames, self._frames):
-            parts.append(self._call({name: value[start : start + self._frames] for name, value in feeds.items()}))
+            group = {name: value[start : start + self._frames] for name, value in feeds.items()}
+            parts.append(self._call(self._context, group))
         return {"image_embeds": join_rows(parts)}
 
-    def _call(self, feeds: Mapping[str, np.ndarray]) -> DeviceTensor:
+    def close(self) -> None:
+        """Free the context, whoever still holds this object."""
+        self._context = None
+
+    def _call(self, context: Context, feeds: Mapping[str, np.ndarray]) -> DeviceTensor:
         arrays = {name: as_dtype(value, self.spec.input(name).dtype) for name, value in feeds.items()}
         for name, pointer in self._staging.write(arrays).items():
-            self._context.shape(name, arrays[name].shape)
-            self._context.address(name, pointer)
+            context.shape(name, arrays[name].shape)
+            context.address(name, pointer)
         out = self.spec.outputs[0]
         frames, patches, _ = arrays["patches"].shape
         shape = (frames * patches // self._merged, int(out.shape[1]))
         nbytes = shape[0] * shape[1] * item_size(out.dtype)
         memory = self._stream.cuda.allocate(nbytes, "the embeddings of a picture", "lower max_pixels")
-        self._context.address(out.name, memory.pointer)
+        context.address(out.name, memory.pointer)
         self._staging.send()
-        self._context.enqueue()
+        context.enqueue()
         self._stream.synchronize()  # the staging block is free again
         return DeviceTensor(memory, self._stream, out.dtype, shape)
 
@@ -176,13 +96,13 @@ class TrtDecoder:
         self,
         spec: GraphSpec,
         plans: PlanSet,
-        contexts: Mapping[str, _Context],
+        contexts: Mapping[str, Context],
         stream: Stream,
         graphs: bool,
         notice: Notice | None,
     ) -> None:
         self.spec = spec
-        self._plans, self._contexts, self._stream, self._notice = plans, contexts, stream, notice
+        self._plans, self._contexts, self._stream, self._notice = plans, dict(contexts), stream, notice
         self._use_graphs = graphs
         self._appends = spec.cache_update == APPENDED
         self._cached = dict(spec.cache)
@@ -199,6 +119,9 @@ class TrtDecoder:
         """Feeds of the decoder loop -> logits float32 [rows wanted, vocab]."""
         if cache is None:
             raise ValueError("the decoder runs over a KV cache")
+        if not self._contexts:
+            raise EngineError("the decoder's plan is closed; open the model again")
+        self._stream.cuda.use()
         rows, sequence = np.shape(feeds["input_ids"])
         wanted = int(np.size(feeds["logits_rows"]))
         check_rows(rows, self._plans)
@@ -225,6 +148,11 @@ class TrtDecoder:
         self._stream.synchronize()
         host = self._logits_host.array.view(np.float32).reshape(-1, self._vocab)
         return {"logits": host[:wanted].copy()}
+
+    def close(self) -> None:
+        """Free the contexts and what was captured of them, whoever still holds this object."""
+        self._graph = None
+        self._contexts.clear()
 
     def _bind(
         self,
@@ -345,7 +273,12 @@ class TrtEngine:
         library = find_tensorrt(plans.flavour)
         self._stream = self._cuda.stream()
         self._pool = BufferPool(self._cuda, self._stream)
-        self._opened = {role: _Plan(library, plans.path(role), self._cuda, role) for role in ("vision", "decoder")}
+        # Of weights that stream, the decoder's come first to the device: they are needed for every token.
+        cache = cache_bytes(bundle.graphs["decoder"].spec, plans.max_rows, plans.capacity)
+        self._opened = {
+            role: Plan(library, plans.path(role), self._cuda, role, plans.weight_streaming, cache)
+            for role in ("decoder", "vision")
+        }
         scratch = max(plan.scratch_bytes for plan in self._opened.values())
         short = check_device_memory("the plans' scratch memory", scratch, *self._cuda.memory())
         if short is not None:
@@ -390,7 +323,8 @@ class TrtEngine:
         """Save what TensorRT-RTX compiled, free plans and memory; the engine cannot run afterwards."""
         for plan in self._opened.values():
             plan.save_runtime_cache()
-        del self._vision, self._decoder  # contexts before their engines
+        self._vision.close()  # contexts before their engines
+        self._decoder.close()
         self._opened.clear()
         self._pool.close()
         self._scratch.close()

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from edgevl.runtime.device_tensor import item_size
 from edgevl.runtime.errors import CapacityError, InputError
+from edgevl.runtime.graph_spec import GraphSpec
 from edgevl.runtime.plans import PlanSet
 
-__all__ = ["VISIBLE_STEP", "check_device_memory", "check_patches", "check_rows", "frames_at_once", "visible_tokens"]
+__all__ = [
+    "VISIBLE_STEP",
+    "cache_bytes",
+    "check_device_memory",
+    "check_patches",
+    "check_rows",
+    "frames_at_once",
+    "visible_tokens",
+]
 
 VISIBLE_STEP = 256  # tokens: how many more of the cache a decode step sees at a time; each number is captured once
 
@@ -58,6 +68,15 @@ def visible_tokens(past: np.ndarray, sequence: int, capacity: int) -> int:
     if sequence > 1:
         return longest
     return max(longest, min(-(-longest // VISIBLE_STEP) * VISIBLE_STEP, capacity - 1))
+
+
+def cache_bytes(spec: GraphSpec, rows: int, capacity: int) -> int:
+    """Of a KV cache."""
+    total = 0
+    for past, _ in spec.cache:
+        tensor = spec.input(past)
+        total += rows * int(tensor.shape[1]) * capacity * int(tensor.shape[3]) * item_size(tensor.dtype)
+    return total
 
 
 def check_device_memory(what: str, needed: int, free: int, total: int) -> str | None:

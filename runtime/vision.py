@@ -78,8 +78,13 @@ class VisionStage:
         cache: ImageCache | None = None,
         admit: Callable[[VisionGrid, tuple[int, int]], None] = lambda grid, size: None,
     ) -> None:
-        self._graph, self._config, self._processor, self._admit = graph, config, processor, admit
+        self._graph: GraphRunner | None = graph
+        self._config, self._processor, self._admit = config, processor, admit
         self.cache = ImageCache(0) if cache is None else cache
+
+    def close(self) -> None:
+        """Let go of the graph, so that closing its engine frees it; nothing can be encoded afterwards."""
+        self._graph = None
 
     def least_grids(self, items: Sequence[VisionInput]) -> tuple[list[VisionGrid], bool]:
         """The grids that pictures and videos will have, as far as they are known without reading them, the smallest
@@ -201,6 +206,8 @@ class VisionStage:
 
     def _run(self, patches: np.ndarray, grid: VisionGrid) -> Rows:
         """Embeddings of some temporal patches float32 [t, h × w, patch_dim] of a grid."""
+        if self._graph is None:
+            raise EngineError("the vision stage is closed; open the model again")
         vision = self._config.vision
         cos, sin = vision_rotary_rows(grid.h, grid.w, vision.spatial_merge_size, vision.head_dim)
         step = _pairs_per_call(grid)

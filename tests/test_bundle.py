@@ -111,7 +111,7 @@ def test_engines_by_name(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.name == "ort-cpu" and len(notes) == 1 and "ort-cpu" in notes[0]
     assert {s.name: s.usable for s in engine_status()} == USABLE
     gone = [EngineStatus(name, False, "gone") for name in engine_module.ENGINES]
-    monkeypatch.setattr(engine_module, "engine_status", lambda bundle: gone)
+    monkeypatch.setattr(engine_module, "engine_status", lambda bundle, gpu: gone)
     with pytest.raises(EngineError, match="no engine is usable here: tensorrt: gone; ort-cuda: gone; ort-cpu: gone"):
         open_engine(bundle)
 

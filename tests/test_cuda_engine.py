@@ -3,7 +3,16 @@ CUDA kernels, their numbers on the CPU, the choice of an engine, and that nothin
 
 from __future__ import annotations
 
+import gc
 import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +22,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 from conftest import USABLE, Pair
+from host_memory import HostCuda
 
 from edgevl.export.exporter import ExportOptions, export_bundle
-from edgevl.runtime import cli, engine
+from edgevl.runtime import cli, engine, ort_cuda_engine
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.engine import EngineStatus, GpuOptions, engine_status, open_engine
 from edgevl.runtime.errors import EngineError, InputError
@@ -23,7 +33,14 @@ from edgevl.runtime.generation import VisionLanguageModel
 from edgevl.runtime.golden import COSINE_FLOORS
 from edgevl.runtime.gpu import current_gpu
 from edgevl.runtime.jetson import jetson_facts, parse_power_mode, parse_release
-from edgevl.runtime.ort_cuda_engine import GraphNumbers, check_providers, cuda_session, output_shape
+from edgevl.runtime.ort_cuda_engine import (
+    GraphNumbers,
+    OrtCudaEngine,
+    check_providers,
+    cuda_session,
+    output_shape,
+    provider_problem,
+)
 from edgevl.runtime.ort_engine import OrtEngine
 
 TABLE = json.loads((Path(__file__).parent / "cuda_kernels.json").read_text())
@@ -212,6 +229,70 @@ def test_a_session_on_cuda_is_refused_where_the_provider_is_not(cuda_bundle: Any
         cuda_session(path, GpuOptions(), capture=False)
 
 
+def provider_files(folder: Path, monkeypatch: pytest.MonkeyPatch, cuda: str) -> None:
+    """An onnxruntime-gpu whose CUDA provider is the C source `cuda`, or a file that is no library where it is empty."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (folder / "capi").mkdir()
+    for name, source in (("shared", "int shared;"), ("cuda", cuda)):
+        library = folder / "capi" / f"libonnxruntime_providers_{name}.so"
+        library.write_bytes(b"")
+        if source:
+            command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+            subprocess.run(command, input=source, text=True, check=True)
+    monkeypatch.setattr(ort, "__file__", str(folder / "__init__.py"))
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files as on Linux")
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("int cuda;", None),
+        ("", "its CUDA provider does not load: .*libonnxruntime_providers_cuda.so: .*; install the CUDA and cuDNN"),
+        # onnxruntime-gpu 1.26 and 1.28, where onnxruntime has not set its side up
+        ("__attribute__((constructor)) static void load(void) { *(volatile int *)8 = 1; }", None),
+    ],
+    ids=["loads", "lacks a library", "dies"],
+)
+def test_a_provider_that_dies_as_it_is_loaded_does_not_take_us_along(
+    source: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider_files(tmp_path, monkeypatch, source)
+    found = provider_problem()
+    assert found is None if problem is None else found is not None and re.match(problem, found), found
+
+
+def test_a_session_that_fails_is_one_line_and_nothing_is_printed(
+    cuda_bundle: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime's own fallback prints to stdout and tries the CPU."""
+
+    def fail(self: Any, *_: Any) -> None:
+        where = "; GPU=-1 ; hostname=orin ; file=cuda_execution_provider_info.cc ; line=67 ;"
+        raise RuntimeError(f"{'x' * 400}CUDA failure 35: CUDA driver version is\ninsufficient for CUDA runtime {where}")
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort.InferenceSession, "_create_inference_session", fail)
+    with pytest.raises(
+        EngineError, match=r"on CUDA: CUDA failure 35: CUDA driver version is insufficient for CUDA \w+$"
+    ):
+        cuda_session(cuda_bundle("fp16").path("vision.onnx"), GpuOptions(), capture=False)
+    assert capfd.readouterr().out == ""
+
+
+def test_why_a_session_fell_back_is_asked_for(cuda_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, *_: Any) -> None:
+        raise RuntimeError("This session contains graph nodes ... but fallback to CPU EP has been explicitly disabled")
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort.InferenceSession, "_create_inference_session", fail)
+    monkeypatch.setattr(ort_cuda_engine, "provider_problem", lambda: "its CUDA provider does not load: libcudnn.so.9")
+    with pytest.raises(EngineError, match=r"on CUDA: its CUDA provider does not load: libcudnn.so.9, or use --engine"):
+        cuda_session(cuda_bundle("fp16").path("vision.onnx"), GpuOptions(), capture=False)
+
+
 @NO_GPU
 @pytest.mark.parametrize("name", ["ort-cuda", "tensorrt"])
 def test_asking_for_an_engine_that_is_not_here_is_one_line_and_status_2(
@@ -262,6 +343,54 @@ def test_status_follows_the_bundle(tiny: Pair, cuda_bundle: Any) -> None:
     cuda = {s.name: s for s in engine_status(cuda_bundle("fp16"))}
     assert cuda["ort-cpu"].usable and "exported for" not in cuda["ort-cuda"].detail
     assert not any("not yet" in s.detail or " yet" in s.detail for s in here.values())
+
+
+class Device(HostCuda):
+    """Notes the threads whose current device it became."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: list[int] = []
+
+    def use(self) -> None:
+        self.threads.append(threading.get_ident())
+
+
+def test_a_closed_engine_frees_its_sessions_whoever_holds_its_graphs(
+    cuda_bundle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vision stage and decoders of a closed model still refer to graphs."""
+
+    def on_the_cpu(path: Path, *_: Any) -> ort.InferenceSession:
+        return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort_cuda_engine, "cuda_session", on_the_cpu)
+    monkeypatch.setattr(ort_cuda_engine, "CudaRuntime", lambda number: Device())
+    opened = OrtCudaEngine(cuda_bundle("fp16"))
+    held = [opened.vision, opened.decoder]
+    sessions = [weakref.ref(graph._session) for graph in held]
+    opened.close()
+    gc.collect()
+    assert [session() for session in sessions] == [None, None]
+    with pytest.raises(EngineError, match="graph 'vision' is closed; open the model again"):
+        held[0].run({})
+
+
+def test_a_run_makes_its_device_that_of_the_thread(cuda_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve --gpu 1` opens in one thread and runs in another."""
+    device = Device()
+    monkeypatch.setattr(ort_cuda_engine, "cuda_session", lambda path, *_: ort.InferenceSession(str(path)))
+    monkeypatch.setattr(ort_cuda_engine, "CudaRuntime", lambda number: device)
+    opened = OrtCudaEngine(cuda_bundle("fp16"))
+    device.threads.clear()
+
+    def run() -> None:
+        with suppress(KeyError):  # the device comes first, then that there are no feeds
+            opened.vision.run({})
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+    assert len(device.threads) == 1 and device.threads[0] != threading.get_ident()
 
 
 def test_gpu_options_are_checked() -> None:

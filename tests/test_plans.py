@@ -11,15 +11,19 @@ from typing import Any
 import pytest
 from conftest import Pair
 
+from edgevl.runtime import cli
 from edgevl.runtime.bundle import Bundle, FileEntry, file_sha256
 from edgevl.runtime.errors import BundleError
+from edgevl.runtime.plan_choice import choose_plans
 from edgevl.runtime.plans import (
     ENGINES_FOLDER,
     PLANS,
+    FoundPlans,
     PlanFile,
     PlanProfile,
     PlanSet,
     ShapeRange,
+    check_plan_hashes,
     find_plans,
     plan_folder_name,
 )
@@ -52,7 +56,7 @@ def plans(bundle: Bundle) -> PlanSet:
 
 
 def test_what_is_written_is_found_again(bundle: Bundle, plans: PlanSet) -> None:
-    assert find_plans(bundle) == [plans]
+    assert find_plans(bundle) == FoundPlans((plans,), ())
     plans.check_files(verify_hashes=True)
     assert plans.path("vision").read_bytes() == b"vision"
     assert plans.plans["decoder"].profile("prefill")[0] == 1
@@ -64,7 +68,8 @@ def test_a_build_that_did_not_end_is_not_found(bundle: Bundle, plans: PlanSet) -
     shutil.copytree(plans.folder, plans.folder.with_name(".half.partial"))
     (plans.folder.with_name("empty")).mkdir()
     (plans.folder.with_name("empty") / "decoder.plan").write_bytes(b"half")
-    assert [p.folder for p in find_plans(bundle)] == [plans.folder]
+    found = find_plans(bundle)
+    assert [p.folder for p in found.sets] == [plans.folder] and found.problems == ()
 
 
 def test_why_plans_do_not_match(plans: PlanSet) -> None:
@@ -109,6 +114,7 @@ def _changed(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("flavour", "tensorflow", "flavour 'tensorflow'"),
         ("version", "", "version is ''"),
         ("extra", 1, "unknown keys \\['extra'\\]"),
+        ("weight_streaming", 1, "weight_streaming is 1, expected true"),
         ("capabilities", [], "no compute capabilities"),
         ("capabilities", ["sm86"], "compute capability 'sm86'"),
         ("capacity", 0, "capacity is 0"),
@@ -138,9 +144,40 @@ def test_damaged_files_are_told(bundle: Bundle, plans: PlanSet) -> None:
     found = PlanSet.read(plans.folder)
     with pytest.raises(BundleError, match="its sha256 is not that of"):
         found.check_files(verify_hashes=True)
+    with pytest.raises(BundleError, match=r"vision\.plan: its sha256 is not that of .*; run `edgevl build` again"):
+        check_plan_hashes(bundle)
+    with pytest.raises(BundleError, match="its sha256 is not that of"):
+        Bundle.open(bundle.folder, verify_hashes=True)
     (plans.folder / "vision.plan").unlink()
+    (problem,) = find_plans(bundle).problems
+    assert problem.endswith("vision.plan: missing, though plans.json lists it")
     with pytest.raises(BundleError, match=r"vision\.plan: missing"):
-        find_plans(bundle)
+        check_plan_hashes(bundle)
     (plans.folder / PLANS).write_text("{")
-    with pytest.raises(BundleError, match="not readable as JSON"):
-        find_plans(bundle)
+    assert "not readable as JSON" in find_plans(bundle).problems[0]
+
+
+def test_a_damaged_set_does_not_stand_in_the_way_of_the_others(bundle: Bundle, plans: PlanSet) -> None:
+    damaged = plans.folder.with_name("tensorrt-10.3.0-orin")  # before the good one, by name
+    shutil.copytree(plans.folder, damaged)
+    (damaged / PLANS).write_text("{}")
+    found = find_plans(bundle)
+    assert found.sets == (plans,) and len(found.problems) == 1 and "schema version None" in found.problems[0]
+    here = {"tensorrt": "10.16.2.1"}
+    assert choose_plans(bundle, found, here, (8, 7)) == (plans, [])
+    chosen, reasons = choose_plans(bundle, found, here, (9, 0))
+    assert chosen is None and len(reasons) == 2 and reasons[1] == found.problems[0]
+
+
+def test_that_weights_stream_is_kept(bundle: Bundle, plans: PlanSet) -> None:
+    assert "weight_streaming" not in plans.to_dict()
+    streaming = replace(plans, weight_streaming=True)
+    streaming.write()
+    assert find_plans(bundle).sets == (streaming,)
+
+
+def test_verify_checks_the_plans_too(bundle: Bundle, plans: PlanSet, capsys: pytest.CaptureFixture[str]) -> None:
+    (plans.folder / "vision.plan").write_bytes(b"VISION")
+    assert cli.run(["verify", str(bundle.folder), "--engine", "ort-cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "vision.plan: its sha256 is not that of plans.json; run `edgevl build` again" in err

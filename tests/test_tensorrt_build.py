@@ -29,6 +29,7 @@ from edgevl.runtime import tensorrt_library
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.cli import run
 from edgevl.runtime.errors import BundleError, EngineError, InputError
+from edgevl.runtime.gpu import Gpu
 from edgevl.runtime.plans import find_plans
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx has no wheel for this platform, or is not installed")
@@ -129,7 +130,7 @@ def test_static_int8(target: str, tmp_path: Path) -> None:
 
 def test_plans_are_described(standard: Bundle, report: tensorrt_build.BuildReport) -> None:
     plans = report.plans
-    assert find_plans(standard) == [plans] and plans.stale(standard) is None
+    assert find_plans(standard).sets == (plans,) and plans.stale(standard) is None
     plans.check_files(verify_hashes=True)
     assert plans.folder.name == f"tensorrt_rtx-{trt.__version__}-sm86+sm89"
     assert plans.capabilities == ((8, 6), (8, 9)) and plans.matches(trt.__version__, (8, 9), "tensorrt_rtx") is None
@@ -194,9 +195,9 @@ def test_a_killed_build_leaves_nothing_that_opens(pair: Pair, tmp_path: Path) ->
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert partial.exists() and find_plans(bundle) == []
+    assert partial.exists() and find_plans(bundle).sets == ()
     build_plans(bundle, SM86)  # the rest of the dead one is cleared
-    assert len(find_plans(bundle)) == 1 and not partial.exists()
+    assert len(find_plans(bundle).sets) == 1 and not partial.exists()
 
 
 def test_a_full_disk_is_told(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,13 +224,56 @@ def test_progress_and_cancelling(standard: Bundle) -> None:
     assert seen == [("Building", 0, 5), ("Building", 1, 5), ("Building", 2, 5), ("Building", 3, 5), ("Building", 5, 5)]
 
 
+def test_ctrl_c_ends_a_build_that_tells_nobody(
+    standard: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """stderr is no terminal: no progress is shown, and TensorRT still asks whether to go on."""
+    steps: list[bool] = []
+
+    def pressed(library: Any, progress: Any, cancelled: Any) -> Any:
+        def asked() -> bool:
+            if len(steps) == 2:
+                signal.raise_signal(signal.SIGINT)
+            steps.append(cancelled())
+            return steps[-1]
+
+        return build_progress.progress_monitor(library, progress, asked)
+
+    monkeypatch.setattr(tensorrt_build, "progress_monitor", pressed)
+    folder = tmp_path / "b"
+    shutil.copytree(standard.folder, folder, ignore=shutil.ignore_patterns("engines"))
+    with pytest.raises(KeyboardInterrupt):
+        build_plans(Bundle.open(folder), SM86, progress=None)
+    assert steps[:2] == [False, False] and True in steps
+    assert not (folder / "engines").exists()
+
+
+def test_ctrl_c_between_the_renames_keeps_the_old_plans(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = _export(pair.checkpoint, tmp_path / "b", "tensorrt", "fp16")
+    first = build_plans(bundle, SM86).plans
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_plans(bundle, SM86, overwrite=True)
+    assert find_plans(bundle).sets == (first,)
+    assert [p.name for p in first.folder.parent.iterdir()] == [first.folder.name]
+
+
 def test_weights_may_stream_and_memory_may_be_limited(pair: Pair, tmp_path: Path) -> None:
     bundle = _export(pair.checkpoint, tmp_path / "b", "tensorrt", "fp16")
     options = BuildOptions(
         targets=("sm86",), weight_streaming=True, workspace=64 << 20, timing_cache=tmp_path / "t", optimization_level=1
     )
     report = build_plans(bundle, options)
-    assert lint_plans(bundle, report.plans) == []
+    assert lint_plans(bundle, report.plans) == [] and report.plans.weight_streaming
     assert report.notes == ("no timing cache: kernels are not timed in a build without the device",)
     assert not (tmp_path / "t").exists()
 
@@ -243,6 +287,7 @@ def test_weights_may_stream_and_memory_may_be_limited(pair: Pair, tmp_path: Path
         ({"targets": ("sm87",)}, r"does not build for sm87; expected some of sm75, sm80, sm86, sm89, sm120, sm121"),
         ({"targets": ("ampere", "sm86")}, "does not build for ampere"),
         ({"targets": ("sm86",), "refit": True}, "plans that can be refitted are built on their GPU only"),
+        ({"targets": ("sm86",), "gpu": 0}, "plans for named targets are built on no GPU; leave --for or --gpu away"),
         ({"targets": ("sm75",)}, "int4 weights have no kernels on sm75"),
         ({"targets": ("sm86",), "rows": 0}, "profile rows is 0, expected 1 to 64"),
         ({"targets": ("sm86",), "prefill": CAPACITY + 1}, f"profile prefill is 257, expected 1 to {CAPACITY}"),
@@ -256,9 +301,34 @@ def test_wrong_options_are_told(standard: Bundle, options: dict[str, Any], messa
 
 
 def test_no_gpu_and_no_targets(standard: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_build, "current_gpu", lambda: None)
+    monkeypatch.setattr(tensorrt_build, "current_gpu", lambda number=0: None)
     with pytest.raises(EngineError, match=r"no GPU is found here; name what to build for with --for \(sm75, sm80"):
         build_plans(standard, BuildOptions(flavour="tensorrt_rtx"))
+
+
+def test_the_gpu_that_was_asked_for_is_built_for(standard: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus, used = [Gpu("Small", (7, 5), 1), Gpu("Large", (9, 0), 1)], []
+    monkeypatch.setattr(tensorrt_build, "current_gpu", lambda number=0: gpus[number])
+    monkeypatch.setattr(tensorrt_build, "CudaRuntime", used.append)
+    library = tensorrt_library.find_tensorrt("tensorrt_rtx")
+    assert tensorrt_build._device(library, BuildOptions()) == ("Small", ((7, 5),)) and used == []
+    assert tensorrt_build._device(library, BuildOptions(gpu=1)) == ("Large", ((9, 0),)) and used == [1]
+
+
+def test_a_broken_tensorrt_does_not_hide_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported, spec = tensorrt_library.importlib.import_module, tensorrt_library.importlib.util.find_spec
+
+    def broken(name: str) -> Any:
+        if name == "tensorrt":
+            raise AttributeError("numpy has no attribute\n'bool'")
+        return imported(name)
+
+    monkeypatch.setattr(tensorrt_library.importlib.util, "find_spec", lambda n: spec("tensorrt_rtx"))
+    monkeypatch.setattr(tensorrt_library.importlib, "import_module", broken)
+    assert tensorrt_library.find_tensorrt().flavour == "tensorrt_rtx"
+    assert list(tensorrt_library.installed_versions()) == ["tensorrt_rtx"]
+    with pytest.raises(EngineError, match="is installed but cannot be imported: numpy has no attribute 'bool'; "):
+        tensorrt_library.find_tensorrt("tensorrt")
 
 
 def test_a_bundle_for_another_engine(pair: Pair) -> None:
@@ -316,7 +386,7 @@ def test_the_command(pair: Pair, tmp_path: Path) -> None:
     assert done.exit_code == 0 and done.return_value == 0, done.output
     assert "decode, prefill" in done.stdout and "rows up to 2, prefill up to 32" in done.stdout
     assert "fused as they should be" in done.stderr
-    (plans,) = find_plans(bundle)
+    (plans,) = find_plans(bundle).sets
     assert plans.device == "sm86"
 
 

@@ -25,7 +25,7 @@ def api() -> Api:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
 def test_all_versions_have_what_is_used(api: Api, path: Path) -> None:
     variables = dict(VARIABLES)
-    if path.name == "trt_engine.py":  # there a config is one of running, which only TensorRT-RTX's is used of
+    if path.name == "trt_plan.py":  # there a config is one of running, which only TensorRT-RTX's is used of
         rtx = tuple(v for v in api.versions if v.startswith("rtx"))
         assert missing_names(path.read_text(), api, {**variables, "config": "IRuntimeConfig"}, rtx) == {}
         del variables["config"]

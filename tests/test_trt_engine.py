@@ -3,10 +3,14 @@ shapes, addresses, feeds, the cache, what is captured and replayed, and everythi
 
 from __future__ import annotations
 
+import gc
 import importlib
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from PIL import Image
 from edgevl.export.exporter import ExportOptions, export_bundle
 from edgevl.export.plan_profiles import decoder_profiles, plan_limits, vision_profile
 from edgevl.export.tensorrt_build import BuildOptions
+from edgevl.runtime import trt_engine
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.device_cache import BufferPool, DeviceKVCache
 from edgevl.runtime.device_tensor import DeviceTensor
@@ -25,7 +30,8 @@ from edgevl.runtime.errors import CapacityError, EngineError, InputError
 from edgevl.runtime.generation import VisionLanguageModel
 from edgevl.runtime.ort_engine import OrtEngine
 from edgevl.runtime.plan_choice import choose_plans
-from edgevl.runtime.plans import PlanFile, PlanSet
+from edgevl.runtime.plans import FoundPlans, PlanFile, PlanSet
+from edgevl.runtime.tensorrt_library import TensorRT
 from edgevl.runtime.trt_engine import TrtDecoder, TrtEngine, TrtVision
 from edgevl.runtime.trt_shapes import VISIBLE_STEP, check_device_memory, check_patches, check_rows, visible_tokens
 
@@ -73,13 +79,28 @@ class CheckedContext(OrtContext):
         super().shape(name, shape)
 
 
+class Device(HostCuda):
+    """Notes the threads whose current device it became."""
+
+    def __init__(self, total: int = 1 << 30) -> None:
+        super().__init__(total)
+        self.threads: set[int] = set()
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        return 8, 7
+
+    def use(self) -> None:
+        self.threads.add(threading.get_ident())
+
+
 class HostEngine:
     """TrtVision and TrtDecoder over host memory."""
 
     name = "tensorrt"
 
     def __init__(self, bundle: Bundle, graphs: bool = True) -> None:
-        self.cuda = HostCuda()
+        self.cuda = Device()
         self.stream = self.cuda.stream()
         assert isinstance(self.stream, HostStream)
         self.plans = plans = plan_set(bundle)
@@ -209,6 +230,35 @@ def test_a_video_goes_in_groups_of_frames_that_the_profile_takes(bundle: Bundle)
     assert np.abs(np.asarray(ours.embeds, np.float32) - np.asarray(theirs.embeds)).max() < 1e-2
 
 
+def test_runs_make_their_device_that_of_the_thread(bundle: Bundle, pictures: list) -> None:
+    """`serve --gpu 1` opens in one thread and answers in another."""
+    engine: Any = HostEngine(bundle)
+    model = VisionLanguageModel(bundle, engine)
+    runs = (
+        lambda: model.encode_image(pictures[0]),
+        lambda: model.generate(question(text="Hello"), max_new_tokens=2),
+    )
+    for run in runs:
+        engine.cuda.threads.clear()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run).result()
+        assert len(engine.cuda.threads) == 1 and threading.get_ident() not in engine.cuda.threads
+
+
+def test_what_is_closed_is_free_whoever_holds_it(bundle: Bundle) -> None:
+    engine = HostEngine(bundle)
+    contexts = [weakref.ref(c) for c in (engine.vision._context, *engine.contexts.values())]
+    engine.contexts = {}
+    engine.vision.close()
+    engine.decoder.close()
+    gc.collect()
+    assert [context() for context in contexts] == [None] * 3
+    with pytest.raises(EngineError, match="the vision plan is closed; open the model again"):
+        engine.vision.run({})
+    with pytest.raises(EngineError, match="the decoder's plan is closed"):
+        engine.decoder.run({}, engine.new_cache(CAPACITY).view(0, 1))
+
+
 # ---------------------------------------------------------------------- limits
 
 
@@ -273,7 +323,7 @@ def test_plans_are_chosen_by_version_and_device(bundle: Bundle) -> None:
         device="sm86+sm89",
         folder=Path("engines/tensorrt_rtx-1.7.1.116-sm86+sm89"),
     )
-    both = [rtx, orin]
+    both = FoundPlans((rtx, orin), ())
     assert choose_plans(bundle, both, {"tensorrt": "10.16.2", "tensorrt_rtx": "1.7.1.116"}, (8, 7)) == (orin, [])
     found, reasons = choose_plans(bundle, both, {"tensorrt_rtx": "1.7.1.116"}, (8, 9))
     assert found is rtx and reasons == [
@@ -285,8 +335,62 @@ def test_plans_are_chosen_by_version_and_device(bundle: Bundle) -> None:
     assert "neither TensorRT nor TensorRT-RTX" in choose_plans(bundle, both, {}, (8, 7))[1][0]
     changed = replace(orin.plans["decoder"], sources={"decoder.onnx": "1" * 64})
     stale = replace(orin, plans={**orin.plans, "decoder": changed})
-    found, reasons = choose_plans(bundle, [stale], {"tensorrt": "10.16.2"}, (8, 7))
+    found, reasons = choose_plans(bundle, FoundPlans((stale,), ()), {"tensorrt": "10.16.2"}, (8, 7))
     assert found is None and "another decoder.onnx than the bundle holds now" in reasons[0]
+
+
+class HostPlan:
+    """A plan of the bundle whose contexts are ONNX Runtime's."""
+
+    made: ClassVar[list[HostPlan]] = []
+    scratch_bytes = 4096
+
+    def __init__(self, library: TensorRT, path: Path, cuda: Device, role: str, streams: bool, spare: int) -> None:
+        self.role, self.streams, self.spare = role, streams, spare
+        self.contexts: list[weakref.ref[CheckedContext]] = []
+        self.saved = False
+        HostPlan.made.append(self)
+
+    def context(self, number: int, scratch: Any, stream: HostStream) -> CheckedContext:
+        assert scratch.nbytes == self.scratch_bytes
+        graph = self.bundle.graphs[self.role]
+        profile = plan_set(self.bundle).plans[self.role].profiles[number]
+        made = CheckedContext(self.bundle.path(graph.file), graph.spec, stream, profile=profile)
+        self.contexts.append(weakref.ref(made))
+        return made
+
+    def save_runtime_cache(self) -> None:
+        self.saved = True
+
+    bundle: ClassVar[Bundle]
+
+
+def test_an_engine_opens_answers_and_closes(bundle: Bundle, pictures: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but TensorRT and CUDA themselves. Of plans that stream the decoder's weights come first to the device, and
+    leave room for the KV cache."""
+    monkeypatch.setattr(HostPlan, "made", [])
+    monkeypatch.setattr(HostPlan, "bundle", bundle, raising=False)
+    monkeypatch.setattr(trt_engine, "Plan", HostPlan)
+    monkeypatch.setattr(trt_engine, "CudaRuntime", lambda number: Device())
+    monkeypatch.setattr(trt_engine, "find_tensorrt", lambda flavour=None: None)
+    monkeypatch.setattr(trt_engine, "installed_versions", lambda: {"tensorrt": "10.16.2"})
+    found = FoundPlans((plan_set(bundle, weight_streaming=True),), ("engines/x: damaged",))
+    monkeypatch.setattr(trt_engine, "find_plans", lambda of: found)
+    with VisionLanguageModel(bundle, TrtEngine(bundle)) as model:
+        reference = VisionLanguageModel(bundle, OrtEngine(bundle, threads=1), prefill_chunk=24)
+        given = {"max_new_tokens": 5, "eos_token_ids": (-1,)}
+        answer = model.generate(question(pictures[0]), **given).token_ids
+        assert answer == reference.generate(question(pictures[0]), **given).token_ids
+        cache = model.engine.new_cache(CAPACITY, 3).nbytes
+    assert [(p.role, p.streams, p.spare, p.saved) for p in HostPlan.made] == [
+        ("decoder", True, cache, True),
+        ("vision", True, cache, True),
+    ]
+    gc.collect()
+    assert [context() for plan in HostPlan.made for context in plan.contexts] == [None] * 3  # though `model` is there
+    monkeypatch.setattr(trt_engine, "find_plans", lambda of: FoundPlans((), found.problems))
+    with pytest.raises(EngineError, match="no plans of the bundle fit: engines/x: damaged; run `edgevl build"):
+        TrtEngine(bundle)
 
 
 def test_opening_here_is_one_clear_error(bundle: Bundle) -> None:
