@@ -29,8 +29,9 @@ from edgevl.runtime import VisionLanguageModel
 from edgevl.runtime.decode_loop import DecodeLoop
 from edgevl.runtime.doctor import cpu_model
 from edgevl.runtime.errors import EdgeVLError, InputError
+from edgevl.runtime.jobs import Event, Job
 from edgevl.runtime.pauses import pauses
-from edgevl.runtime.scheduler import Event, Job, Scheduler
+from edgevl.runtime.scheduler import Scheduler
 from edgevl.runtime.serve_metrics import Metrics
 
 __all__ = ["Overtaking", "Turn", "main", "measure", "measure_overtaking"]

@@ -35,9 +35,9 @@ from edgevl.benchmarks.request_size import message, video_room
 from edgevl.benchmarks.throttling import ClockWatch, throttled
 from edgevl.benchmarks.workloads import Workload, question
 from edgevl.runtime import VisionLanguageModel
+from edgevl.runtime.answer_stream import PreparedPrompt
 from edgevl.runtime.doctor import peak_rss_bytes
 from edgevl.runtime.errors import InputError
-from edgevl.runtime.generation import PreparedPrompt
 from edgevl.runtime.image_cache import content_key
 from edgevl.runtime.image_loading import load_image
 from edgevl.runtime.image_processing import ProcessedImage, VisionGrid, frame_patches, resized_size

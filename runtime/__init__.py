@@ -9,10 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgevl.runtime.answer_stream import Stream
     from edgevl.runtime.bundle import Bundle
     from edgevl.runtime.chat import ChatSession
     from edgevl.runtime.errors import EdgeVLError
-    from edgevl.runtime.generation import Stream, VisionLanguageModel
+    from edgevl.runtime.generation import VisionLanguageModel
     from edgevl.runtime.grounding import Box, Point
     from edgevl.runtime.results import Completion, Piece, Timings, Usage, VideoInfo
     from edgevl.runtime.sampling import GenerationConfig
@@ -28,7 +29,7 @@ _HOME = {
     "GenerationConfig": "sampling",
     "Piece": "results",
     "Point": "grounding",
-    "Stream": "generation",
+    "Stream": "answer_stream",
     "Timings": "results",
     "Usage": "results",
     "VideoInfo": "results",

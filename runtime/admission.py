@@ -14,7 +14,7 @@ from edgevl.runtime.memory import available_bytes, parse_size, resident_bytes, s
 from edgevl.runtime.preflight import Planner, largest_that_fits
 
 if TYPE_CHECKING:
-    from edgevl.runtime.generation import PreparedPrompt
+    from edgevl.runtime.answer_stream import PreparedPrompt
 
 __all__ = ["Admission", "check_opening", "check_sizes"]
 

@@ -21,8 +21,9 @@ from edgevl.runtime.prompt import is_list
 from edgevl.runtime.results import Completion, Piece
 
 if TYPE_CHECKING:
+    from edgevl.runtime.answer_stream import PreparedPrompt, Stream
     from edgevl.runtime.decoding import Decoder
-    from edgevl.runtime.generation import PreparedPrompt, Stream, VisionLanguageModel
+    from edgevl.runtime.generation import VisionLanguageModel
     from edgevl.runtime.sampling import GenerationConfig
     from edgevl.runtime.vision import EncodedImage
 

@@ -33,7 +33,7 @@ _COMMANDS = {
     "quantize": ("edgevl.calibration.commands", "A checkpoint becomes a quantized checkpoint.", "host"),
     "fidelity": ("edgevl.calibration.fidelity_command", "What quantization did to a model, with plots.", "host"),
     "run": ("edgevl.runtime.commands", "Answer one prompt about pictures.", "ort"),
-    "chat": ("edgevl.runtime.commands", "A conversation at the terminal.", "ort"),
+    "chat": ("edgevl.runtime.chat_command", "A conversation at the terminal.", "ort"),
     "watch": ("edgevl.runtime.watch_command", "Answer about a camera, stream or folder again and again.", "ort"),
     "serve": ("edgevl.runtime.serve_command", "Serve a bundle over HTTP as OpenAI's API does.", "serve"),
     "verify": ("edgevl.runtime.commands", "Replay a bundle's golden vectors, stage by stage.", "ort"),

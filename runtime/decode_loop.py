@@ -21,7 +21,7 @@ from edgevl.runtime.results import Piece
 from edgevl.runtime.row import Row
 
 if TYPE_CHECKING:
-    from edgevl.runtime.generation import PreparedPrompt
+    from edgevl.runtime.answer_stream import PreparedPrompt
 
 __all__ = ["DecodeLoop"]
 

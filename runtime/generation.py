@@ -9,16 +9,14 @@ over a cache that is kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from edgevl.runtime.admission import Admission, check_opening, check_sizes
+from edgevl.runtime.answer_stream import PreparedPrompt, Stream
 from edgevl.runtime.bundle import Bundle
 from edgevl.runtime.chat import ChatSession
 from edgevl.runtime.decode_loop import DecodeLoop
@@ -41,54 +39,7 @@ from edgevl.runtime.tokenizer import GROUNDING_TOKENS, POINT_TOKENS, Tokenizer
 from edgevl.runtime.ttft import PixelChoice, choose_pixels
 from edgevl.runtime.vision import EncodedImage, VisionStage
 
-__all__ = ["PreparedPrompt", "Stream", "VisionLanguageModel"]
-
-
-@dataclass(frozen=True)
-class PreparedPrompt:
-    """A prompt ready for prefill: everything about it is known but the answer."""
-
-    ids: np.ndarray  # int64 [S]
-    positions: np.ndarray  # int64 [3, S]
-    next_position: int
-    identity: np.ndarray  # int64 [S, 3], see token_identity
-    images: tuple[EncodedImage, ...]
-    preprocess_s: float
-    vision_s: float
-
-    @property
-    def image_tokens(self) -> int:
-        return sum(len(i.embeds) for i in self.images)
-
-
-class Stream(Iterator[Piece]):
-    """Pieces of one answer; `completion` is there when it has ended."""
-
-    def __init__(self, pieces: Generator[Piece, None, None], row: Row) -> None:
-        self._pieces, self._row = pieces, row
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def close(self) -> None:
-        """Leave the stream before its end."""
-        self._pieces.close()
-
-    def __next__(self) -> Piece:
-        return next(self._pieces)
-
-    @property
-    def identity(self) -> np.ndarray:
-        """Of the prompt and the answer so far (with prompt lookup it may be ahead of the pieces); the cache holds a
-        beginning of it."""
-        return self._row.identity
-
-    @property
-    def completion(self) -> Completion:
-        """The whole answer; runs the stream to its end if it has not been read."""
-        for _ in self._pieces:
-            pass
-        return self._row.completion()
+__all__ = ["VisionLanguageModel"]
 
 
 class VisionLanguageModel:

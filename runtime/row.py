@@ -15,7 +15,7 @@ from edgevl.runtime.sampling import GenerationConfig, Sampler, StopStrings
 from edgevl.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
 
 if TYPE_CHECKING:
-    from edgevl.runtime.generation import PreparedPrompt
+    from edgevl.runtime.answer_stream import PreparedPrompt
 
 __all__ = ["Row"]
 

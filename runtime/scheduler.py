@@ -14,81 +14,28 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgevl.runtime.errors import EdgeVLError, EngineFailedError, MemoryLimitError
+from edgevl.runtime.jobs import BusyError, Done, Event, Failed, Job, Text
 from edgevl.runtime.pauses import PASS_SHARE, pauses
-from edgevl.runtime.results import Completion
 from edgevl.runtime.sampling import GenerationConfig
 from edgevl.runtime.serve_metrics import Metrics
 
 if TYPE_CHECKING:
-    from edgevl.runtime.generation import PreparedPrompt, VisionLanguageModel
+    from edgevl.runtime.answer_stream import PreparedPrompt
+    from edgevl.runtime.generation import VisionLanguageModel
     from edgevl.runtime.row import Row
 
-__all__ = ["BusyError", "Done", "Event", "Failed", "Job", "Scheduler", "Text"]
+__all__ = ["Scheduler"]
 
 _POLL_S = 0.1  # how long a stop may go unseen by a thread that waits
 # A prompt of so many tokens is read aside, so that those of a part of its length, or of its pictures', may overtake it.
 _LONG, _SHORTER = 512, 4
 _LONGEST_WAIT_S = 60  # most seconds that a refused client is asked to stay away
-
-
-class BusyError(EdgeVLError):
-    """A request that cannot be taken now: the queue is full, or the server is ending."""
-
-    def __init__(self, message: str, full: bool = False, retry_after_s: int = 1) -> None:
-        super().__init__(message)
-        self.full, self.retry_after_s = full, retry_after_s
-
-
-@dataclass(frozen=True)
-class Text:
-    """What one step added to an answer; the first says that it has begun, and may be empty."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Done:
-    completion: Completion
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The answer will not come (any more). An error that is no EdgeVLError is a bug of ours."""
-
-    error: Exception
-
-
-Event = Text | Done | Failed
-Read = Callable[[], Sequence[dict[str, Any]]]
-
-
-@dataclass(eq=False)
-class Job:
-    """One request.
-
-    read: gives its messages with all pictures decoded; runs once, in the reader thread, and raises InputError where
-        something cannot be used.
-    generation: settings of `VisionLanguageModel.stream`.
-    deliver: takes the events, in order, in a thread of the scheduler; must not block. Done or Failed is the last.
-        None need come after `cancel`.
-    """
-
-    read: Read
-    generation: Mapping[str, Any]
-    deliver: Callable[[Event], None]
-    arrived: float = field(default_factory=time.perf_counter)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    first_s: float | None = None  # perf_counter of its first token
-
-    def cancel(self) -> None:
-        """Give the answer up: its row leaves before the next step."""
-        self.cancelled.set()
 
 
 @dataclass(frozen=True)

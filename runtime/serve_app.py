@@ -23,7 +23,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgevl.runtime.errors import EdgeVLError
-from edgevl.runtime.scheduler import Event, Failed, Job, Scheduler, Text
+from edgevl.runtime.jobs import Event, Failed, Job, Text
+from edgevl.runtime.scheduler import Scheduler
 from edgevl.runtime.serve_metrics import CONTENT_TYPE, Metrics
 from edgevl.runtime.serve_pictures import MessageReader
 from edgevl.runtime.serve_request import ChatRequest, RequestError, parse_json, parse_request

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgevl.runtime.errors import CapacityError, InputError, MemoryLimitError
+from edgevl.runtime.jobs import BusyError
 from edgevl.runtime.results import Completion, Usage
-from edgevl.runtime.scheduler import BusyError
 from edgevl.runtime.serve_request import RequestError
 
 __all__ = ["DONE", "AnswerHead", "Failure", "failure", "model_object", "server_sent_event"]

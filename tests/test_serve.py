@@ -24,9 +24,10 @@ from edgevl.runtime import pauses
 from edgevl.runtime import scheduler as scheduler_module
 from edgevl.runtime.errors import MemoryLimitError
 from edgevl.runtime.image_loading import load_image
+from edgevl.runtime.jobs import BusyError, Done, Event, Failed, Job, Text
 from edgevl.runtime.preflight import Planner
 from edgevl.runtime.results import Completion
-from edgevl.runtime.scheduler import BusyError, Done, Event, Failed, Job, Scheduler, Text
+from edgevl.runtime.scheduler import Scheduler
 from edgevl.runtime.serve_metrics import Metrics
 
 
