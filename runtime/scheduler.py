@@ -4,7 +4,7 @@
 
 The engine is not reentrant, so one worker thread owns the model. Between two decode steps it drops answers that were
 given up and admits requests that are ready, up to `max_batch` rows; steps go on in the pauses of their passes. In
-those a short request, without pictures, may overtake a long one. The reader is at most two requests ahead: decoded
+those a short request may overtake a long one. The reader is at most two requests ahead: decoded
 pictures are large, encoded ones wait in the queue.
 """
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Scheduler"]
 
 _POLL_S = 0.1  # how long a stop may go unseen by a thread that waits
-# A prompt of so many tokens is read aside, so that those of a part of its length, or of its pictures', may overtake it.
+# A prompt of so many tokens is read aside, so that those of a part of its length, or of its pictures', may overtake it;
+# with pictures, those with a part of its pictures' length.
 _LONG, _SHORTER = 512, 4
 _LONGEST_WAIT_S = 60  # most seconds that a refused client is asked to stay away
 
@@ -72,6 +73,7 @@ class Scheduler:
         self._broken: str | None = None  # the engine's last call failed so
         self._encoding = False
         self._overtakable = 0  # most tokens of a prompt that may overtake the one being read
+        self._joining = 0  # requests that have no row yet: more than one where one overtakes another
         self._overtaking_due = 0.0  # perf_counter
         self._request_s = 1.0  # running mean of the time that an answer takes
         self._threads = [
@@ -224,15 +226,15 @@ class Scheduler:
 
     def _overtake(self) -> None:
         """Admit the next request in a pause of a long one, if it is short: it takes a second where the other may take
-        many. That keeps its row, and its share of the time."""
+        many. That keeps its row, and its share of the time. A picture's token is encoded, too, and counts for more."""
         began = time.perf_counter()
-        if began < self._overtaking_due or len(self._running) + 1 >= self.max_batch:
+        if began < self._overtaking_due or len(self._running) + self._joining >= self.max_batch:
             return
         with self._ready.mutex:  # nobody else takes anything out
             following = self._ready.queue[0] if self._ready.queue else None
-        if following is None or following.image_tokens or following.tokens > self._overtakable:
+        if following is None or not self._loop.may_join(following.tokens):
             return
-        if not self._loop.may_join(following.tokens):
+        if following.tokens * (_SHORTER if following.image_tokens else 1) > self._overtakable:
             return
         overtakable, encoding = self._overtakable, self._encoding
         try:
@@ -261,6 +263,7 @@ class Scheduler:
 
     def _join(self, ready: _Ready, overtakes: bool) -> None:
         job = ready.job
+        self._joining += 1
         try:
             with pauses(lambda: self._go_on(job)):
                 prompt = self._prepare(ready)
@@ -272,7 +275,7 @@ class Scheduler:
             self._end(job, Failed(e))
             return
         finally:
-            self._overtakable = 0
+            self._joining, self._overtakable = self._joining - 1, 0
         self._broken = None
         self._running[row] = job
         self._metrics.prompt(len(prompt.ids))

@@ -496,6 +496,7 @@ def test_a_short_request_overtakes_a_long_one(tmp_path: Path, monkeypatch: pytes
         "long": (ours("words " * 300), {"max_new_tokens": 5, "eos_token_ids": (-1,)}),
         "short": (ours("What is it?"), {"max_new_tokens": 5, "eos_token_ids": (-1,)}),
         "longer": (ours("words " * 100), {"max_new_tokens": 5, "eos_token_ids": (-1,)}),
+        "large picture": (_decoded("Read the text.", "three-lines.png", 3), {}),
         "another picture": (_decoded("How many stars?", "count.png"), {}),
     }
 
@@ -545,9 +546,11 @@ def test_a_short_request_overtakes_a_long_one(tmp_path: Path, monkeypatch: pytes
         assert begun(2, "picture", "short") == ["picture", "short"]
         assert begun(3, "picture", "longer", "short") == ["picture", "longer", "short"]
         assert begun(3, "picture", "another picture") == ["picture", "another picture"]
+        assert begun(3, "large picture", "another picture") == ["another picture", "large picture"]
+        assert begun(4, "large picture", "another picture", "short")[-1] == "large picture"
         assert begun(3, "long", "short", "longer") == ["short", "long", "longer"]
         assert begun(2, "long", "short") == ["long", "short"]
-        assert begun(3, "long", "picture") == ["long", "picture"]
+        assert begun(3, "long", "large picture") == ["long", "large picture"]
 
         def begun_aside() -> bool:
             scheduler = Scheduler(model, 2, 8, Metrics())
@@ -569,10 +572,12 @@ def test_a_short_request_overtakes_a_long_one(tmp_path: Path, monkeypatch: pytes
         assert begun_aside() is False
 
 
-def _decoded(text: str, picture: str) -> list[dict[str, Any]]:
+def _decoded(text: str, picture: str, enlarged: int = 1) -> list[dict[str, Any]]:
     """As `MessageReader` gives it."""
-    messages = ours(text, picture)
-    messages[0]["content"][0]["image"] = load_image(DEMO / "pictures" / picture)
+    messages, image = ours(text, picture), load_image(DEMO / "pictures" / picture)
+    item = messages[0]["content"][0]
+    item["image"] = image.resize((enlarged * image.width, enlarged * image.height))
+    item["max_pixels"] = enlarged**2 * 100_000
     return messages
 
 
