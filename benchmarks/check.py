@@ -148,7 +148,9 @@ def setting() -> str:
 @click.option(
     "--precision", "precisions", multiple=True, default=PRECISIONS, show_default=True, help="May be repeated."
 )
-@click.option("--size", default=_WORK.width, show_default=True, type=click.IntRange(28), help="Of the square pictures.")
+@click.option(
+    "--size", default=_WORK.width, show_default=True, type=click.IntRange(28, 8192), help="Of the square pictures."
+)
 @click.option("--baseline", "path", default=str(BASELINE), help="The file of baselines.")
 @click.option("--update", is_flag=True, help="Store what is counted as the baseline of these versions.")
 @click.option("--worker", hidden=True, help="A job: answer with marks, in valgrind.")

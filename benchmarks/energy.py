@@ -51,7 +51,7 @@ class EnergyMeter:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._last: dict[str, float] = {}
-        self._at = 0.0
+        self._at: dict[str, float] = {}
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class EnergyMeter:
     def __enter__(self) -> EnergyMeter:
         self._joules = dict.fromkeys(self.sources, 0.0)
         self._last = {**{n: c.read() for n, c in self._counters.items()}, **{n: g() for n, g in self._gpus.items()}}
-        self._at = time.monotonic()
+        self._at = dict.fromkeys(self._rails, time.monotonic())
         if self.sources:
             self._thread = threading.Thread(target=self._sample, daemon=True)
             self._thread.start()
@@ -81,23 +81,26 @@ class EnergyMeter:
 
     def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL_S):
-            with contextlib.suppress(OSError, ValueError):  # a sensor that is busy: the next reading makes up for it
-                self._update()
+            self._update()
 
     def _update(self) -> None:
+        """A sensor that is busy is passed over: the next reading makes up for it, of a rail with the watts of then."""
         with self._lock:
             for name, counter in self._counters.items():
-                now = counter.read()
-                self._joules[name] += ((now - self._last[name]) % counter.wraps) / 1e6
-                self._last[name] = now
+                with contextlib.suppress(OSError, ValueError):
+                    now = counter.read()
+                    self._joules[name] += ((now - self._last[name]) % counter.wraps) / 1e6
+                    self._last[name] = now
             for name, gpu in self._gpus.items():
-                now = gpu()
-                self._joules[name] += now - self._last[name]
-                self._last[name] = now
+                with contextlib.suppress(Exception):  # the library's own classes
+                    now = gpu()
+                    self._joules[name] += now - self._last[name]
+                    self._last[name] = now
             at = time.monotonic()
             for name, watts in self._rails.items():
-                self._joules[name] += watts() * (at - self._at)
-            self._at = at
+                with contextlib.suppress(OSError, ValueError):
+                    self._joules[name] += watts() * (at - self._at[name])
+                    self._at[name] = at
 
     # ------------------------------------------------------------------ sensors
 
@@ -106,9 +109,9 @@ class EnergyMeter:
         zones = sorted((self._root / "class/powercap").glob("intel-rapl:[0-9]*"))
         # Packages only: their sub-zones (core, uncore) are parts of them. psys would count everything twice.
         for zone in zones:
-            if zone.name.count(":") != 1 or (zone / "name").read_text().strip() == "psys":
-                continue
             try:
+                if zone.name.count(":") != 1 or (zone / "name").read_text().strip() == "psys":
+                    continue
                 counter = _Counter(zone / "energy_uj", int((zone / "max_energy_range_uj").read_text()) + 1)
                 counter.read()
                 found[f"rapl {(zone / 'name').read_text().strip()}"] = counter
@@ -126,12 +129,15 @@ class EnergyMeter:
             name = chip / "name"
             if not name.is_file() or not name.read_text().strip().startswith("ina"):
                 continue
-            for current in sorted(chip.glob("curr[0-9]_input")):
+            # Three channels: what is numbered on is the sum of the currents, and the voltages over the shunts.
+            for current in sorted(chip.glob("curr[1-3]_input")):
                 number = current.name[4]
                 volts, label = chip / f"in{number}_input", chip / f"in{number}_label"
-                if volts.is_file():
+                watts = _watts(volts, current)
+                with contextlib.suppress(OSError, ValueError):  # of a channel that is switched off
+                    watts()
                     rail = label.read_text().strip() if label.is_file() else f"{chip.name} {number}"
-                    rails[f"rail {rail}"] = _watts(volts, current)
+                    rails[f"rail {rail}"] = watts
         # VDD_IN is the whole board: the other rails are parts of it.
         whole = [r for r in rails if r in ("rail VDD_IN", "rail POM_5V_IN")]
         if whole:

@@ -36,6 +36,7 @@ from edgevl.benchmarks.workloads import Workload, question
 from edgevl.runtime.bundle import MANIFEST
 from edgevl.runtime.doctor import machine
 from edgevl.runtime.engine import engine_status
+from edgevl.runtime.errors import InputError
 from edgevl.runtime.output_file import write_output
 from edgevl.runtime.tensorrt_library import find_tensorrt
 
@@ -168,25 +169,32 @@ def summary(figures: Sequence[Figures], sizes: Sequence[str]) -> str:
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Measure this [default: random weights].")
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="2b", show_default=True, help="Of random weights.")
 @click.option("--engines", default="ort-cuda,tensorrt", show_default=True, help="Which; unusable ones are told of.")
 @click.option("--precisions", default="int4,fp16", show_default=True)
 @click.option("--sizes", default="448x448,1288x966", show_default=True, help="Pictures, width x height.")
-@click.option("--prompt-tokens", default=16, show_default=True, help="Of the question.")
-@click.option("--new-tokens", default=64, show_default=True)
-@click.option("--requests", default=3, show_default=True, help="Measured requests per process.")
-@click.option("--rounds", default=3, show_default=True)
+@click.option("--prompt-tokens", default=16, show_default=True, type=click.IntRange(1), help="Of the question.")
+@click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--requests", default=3, show_default=True, type=click.IntRange(1), help="Measured requests per process.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--no-peers", is_flag=True, help="Without transformers.")
 @click.option("--json", "json_path", type=OutputFile(), help="Write all figures as JSON lines.")
 def main(out: Path, checkpoint: Path | None, json_path: Path | None, **options: Any) -> None:
     """Export, build, verify and measure on the GPU of this machine, with everything kept in OUT."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        works = [_workload(size, options["prompt_tokens"], options["new_tokens"]) for size in _listed(options["sizes"])]
+    except InputError as e:
+        raise click.UsageError(f"--sizes: {e}") from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise click.UsageError(f"{out}: cannot be made ({e.strerror}); name another folder") from None
     failures: list[str] = []
     status = {s.name: s for s in engine_status()}
     engines = []
-    for name in options["engines"].split(","):
+    for name in _listed(options["engines"]):
         if name not in status:
             raise click.UsageError(f"engine {name!r} is unknown; expected some of {', '.join(status)}")
         if status[name].usable:
@@ -200,7 +208,7 @@ def main(out: Path, checkpoint: Path | None, json_path: Path | None, **options: 
         if not (checkpoint / "config.json").exists():
             write_random_checkpoint(checkpoint, options["shape"])
     contenders: list[Contender] = []
-    for made in prepare(out, checkpoint, engines, options["precisions"].split(",")):
+    for made in prepare(out, checkpoint, engines, _listed(options["precisions"])):
         if isinstance(made, Contender):
             contenders.append(made)
         else:
@@ -210,10 +218,10 @@ def main(out: Path, checkpoint: Path | None, json_path: Path | None, **options: 
     bundle = contenders[0].path
     if not options["no_peers"]:
         contenders = [*(Contender(name, kind, str(checkpoint)) for kind, name in PEERS.items()), *contenders]
-    figures = _measure(contenders, bundle, options, failures)
+    figures = _measure(contenders, bundle, works, options, failures)
     facts = machine()
     click.echo("\n".join(f"{k}: {v}" for k, v in facts.items()) + f"\ncheckpoint: {checkpoint.name}\n")
-    click.echo(summary(figures, options["sizes"].split(",")))
+    click.echo(summary(figures, [work.name for work in works]))
     if json_path is not None:
         lines = [json.dumps({"machine": facts, **asdict(f)}) for f in figures]
         write_output(json_path, "\n".join(lines) + "\n")
@@ -222,16 +230,26 @@ def main(out: Path, checkpoint: Path | None, json_path: Path | None, **options: 
     sys.exit(1 if failures else 0)
 
 
-def _measure(contenders: list[Contender], bundle: str, options: dict[str, Any], failures: list[str]) -> list[Figures]:
+def _listed(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _workload(size: str, prompt_tokens: int, new_tokens: int) -> Workload:
+    try:
+        width, height = (int(n) for n in size.lower().split("x"))
+    except ValueError:
+        raise InputError(f"size {size!r}: expected WIDTHxHEIGHT, such as 448x448") from None
+    return Workload(size, width, height, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+
+
+def _measure(
+    contenders: list[Contender], bundle: str, works: Sequence[Workload], options: dict[str, Any], failures: list[str]
+) -> list[Figures]:
     figures: list[Figures] = []
-    sizes = options["sizes"].split(",")
     dead: set[tuple[str, str]] = set()
-    with tqdm(total=len(contenders) * len(sizes) * options["rounds"], file=sys.stderr, disable=None) as bar:
-        for size in sizes:
-            width, height = (int(n) for n in size.lower().split("x"))
-            work = Workload(
-                size, width, height, prompt_tokens=options["prompt_tokens"], new_tokens=options["new_tokens"]
-            )
+    with tqdm(total=len(contenders) * len(works) * options["rounds"], file=sys.stderr, disable=None) as bar:
+        for work in works:
+            size = work.name
             text = _process("question_text", bundle, str(work.prompt_tokens))
             given = (json.dumps(asdict(work)), text, str(options["requests"]))
             for number in range(options["rounds"]):

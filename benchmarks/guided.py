@@ -63,7 +63,7 @@ def walk(guide: Guide, vocab_size: int, tokens: int) -> list[float]:
 
 @click.command(help="What answers held to a form cost per token with BUNDLE's vocabulary.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--tokens", type=int, default=400, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=400, show_default=True)
 def main(bundle: Path, tokens: int) -> None:
     try:
         opened = Bundle.open(bundle)

@@ -9,6 +9,7 @@ of some modules of the standard library, compared on those of other modules and 
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import platform
 import shutil
@@ -142,11 +143,18 @@ def _edgevl(*arguments: object) -> None:
         raise click.ClickException(f"edgevl {' '.join(map(str, arguments))}: {done.stderr.strip()}")
 
 
+def _kept(folder: Path, options: tuple[str, ...], samples: int) -> Path:
+    """Where a checkpoint that these options made lies. It was calibrated on some texts: other ones (of another number
+    of samples, or of another Python) have a folder of their own."""
+    texts = hashlib.sha256((folder / "calibration.jsonl").read_bytes()).hexdigest()[:8]
+    return folder / "-".join([*(o.lstrip("-") for o in options[1:]), str(samples), texts])
+
+
 def _measure(name: str, folder: Path, reference: list[Any], held_out: list[Conversation], samples: int) -> Any:
     """Quantize, export and compare one variant; what was quantized is kept for a variant with the same options."""
     variant, checkpoint = VARIANTS[name], folder / "smollm2"
     if variant.quantize is not None:
-        checkpoint = folder / "-".join(o.lstrip("-") for o in variant.quantize[1:])
+        checkpoint = _kept(folder, variant.quantize, samples)
         if not checkpoint.exists():
             given = ("--images", folder / "calibration.jsonl", "--samples", samples, "--resume")
             _edgevl("quantize", folder / "smollm2", "-o", checkpoint, *variant.quantize, *given)
@@ -160,7 +168,7 @@ def _measure(name: str, folder: Path, reference: list[Any], held_out: list[Conve
 
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--samples", default=64, show_default=True, help="Conversations to calibrate on.")
+@click.option("--samples", default=64, show_default=True, type=click.IntRange(1), help="Conversations to calibrate on.")
 @click.option("--recipes", default=",".join(VARIANTS), show_default=True, help="Separated by commas.")
 @click.option("--json", "as_json", type=OutputFile(), help="Write the figures there too.")
 def main(folder: Path, samples: int, recipes: str, as_json: Path | None) -> None:

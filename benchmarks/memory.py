@@ -53,9 +53,17 @@ class Case:
         try:
             size, *rest = text.split(",")
             width, height = size.split("x")
-            return cls(int(width), int(height), *map(int, rest))
+            case = cls(int(width), int(height), *map(int, rest))
         except (TypeError, ValueError):
             raise InputError(f"case {text!r}, expected WIDTHxHEIGHT,IMAGES,WORDS,NEW,BATCH") from None
+        if case.images < 0 or min(case.words, case.new, case.batch) < 1:
+            raise InputError(f"case {text!r}, expected 0 or more IMAGES, and WORDS, NEW and BATCH of at least 1")
+        return case
+
+    def check_size(self, factor: int) -> None:
+        """Raises InputError for pictures that would be resized: what is predicted were those of another size."""
+        if any(side < factor or side % factor for side in (self.width, self.height)):
+            raise InputError(f"case {self}: expected width and height to be multiples of {factor}")
 
     def __str__(self) -> str:
         return f"{self.images}×{self.width}×{self.height}, {self.words} words, batch {self.batch}"
@@ -132,6 +140,9 @@ def main(bundles: tuple[str, ...], cases: tuple[str, ...], json_file: Path | Non
     try:
         chosen = [Case.parse(c) for c in cases or DEFAULT_CASES]
         opened = {name: Bundle.open(name) for name in bundles}
+        for bundle in opened.values():
+            for case in chosen:
+                case.check_size(bundle.image_processor.factor)
         os.sync()
         rows, records = [], []
         for name, case in tqdm([(n, c) for n in bundles for c in chosen], file=sys.stderr, disable=None):

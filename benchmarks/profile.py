@@ -120,11 +120,21 @@ def check(model: Any, profile: Profile, count: int, max_pixels: int, budget_s: f
 @click.command(help="Measure this machine's speed with BUNDLE, for edgevl run --ttft-budget.")
 @click.argument("bundle")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: where the runtime looks for it]")
-@click.option("--max-pixels", type=int, default=DEFAULT_MAX_PIXELS, show_default=True, help="Largest picture.")
-@click.option("--repeats", type=int, default=3, show_default=True)
-@click.option("--seconds", type=float, default=120.0, show_default=True, help="Stop growing after so long.")
-@click.option("--threads", type=int, help="As for edgevl run [default: the cores this process may use].")
-@click.option("--check", "questions", type=int, metavar="N", help="Then ask N questions; status 1 under 9 of 10 right.")
+@click.option(
+    "--max-pixels", type=click.IntRange(1), default=DEFAULT_MAX_PIXELS, show_default=True, help="Largest picture."
+)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    "--seconds", type=click.FloatRange(0), default=120.0, show_default=True, help="Stop growing after so long."
+)
+@click.option("--threads", type=click.IntRange(1), help="As for edgevl run [default: the cores this process may use].")
+@click.option(
+    "--check",
+    "questions",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Then ask N questions; status 1 under 9 of 10 right.",
+)
 def main(
     bundle: str, output: Path | None, max_pixels: int, repeats: int, seconds: float, threads: int | None,
     questions: int | None,

@@ -325,9 +325,9 @@ def write_random_checkpoint(
 @click.command(help="Write a Qwen2-VL checkpoint with random weights to FOLDER, which must not exist.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--shape", type=click.Choice([*SHAPES]), default="2b", show_default=True)
-@click.option("--layers", type=int, help="Decoder layers, if not the shape's own.")
-@click.option("--vision-depth", type=int, help="Vision blocks, if not the shape's own.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--layers", type=click.IntRange(1), help="Decoder layers, if not the shape's own.")
+@click.option("--vision-depth", type=click.IntRange(1), help="Vision blocks, if not the shape's own.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--dtype", type=click.Choice([*DTYPES]), default="bf16", show_default=True)
 def main(folder: Path, shape: str, layers: int | None, vision_depth: int | None, seed: int, dtype: str) -> None:
     start = time.perf_counter()
@@ -336,6 +336,9 @@ def main(folder: Path, shape: str, layers: int | None, vision_depth: int | None,
     except EdgeVLError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(e.exit_status)
+    except OSError as e:
+        print(f"error: {folder}: cannot be written ({e.strerror}); name another folder", file=sys.stderr)
+        sys.exit(2)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s")
 

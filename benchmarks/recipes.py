@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from tqdm import tqdm
 
 from edgevl.benchmarks.divergence import answer_logits, divergence
 from edgevl.benchmarks.recipe_speed import Speeds, edgevl, measure_speeds
+from edgevl.calibration.recipes import recipe
 from edgevl.runtime.doctor import cpu_model
+from edgevl.runtime.errors import InputError
 from edgevl.tasks import TASKS, Answered, Case, score_bundle, summarize
 
 __all__ = ["main", "write_conversations"]
@@ -109,9 +112,9 @@ def _saved(case: Case, folder: Path, stem: str) -> dict[str, Any]:
 
 def _measure(name: str, bundle: Path, cases: int, told: list[tuple[Any, str]], base: Answers | None) -> Row:
     found = None if base is None else divergence(base, answer_logits(bundle, told))
-    sizes = ((bundle / f"{part}.onnx.data").stat().st_size / 1e6 for part in ("vision", "decoder"))
+    vision_mb, decoder_mb = ((bundle / f"{part}.onnx.data").stat().st_size / 1e6 for part in ("vision", "decoder"))
     kl, top1 = (None, None) if found is None else (found.kl, found.top1)
-    return Row(name, *sizes, kl, top1, score_bundle(bundle, list(TASKS), cases))
+    return Row(name, vision_mb, decoder_mb, kl, top1, score_bundle(bundle, list(TASKS), cases))
 
 
 def _line(row: Row, base: Row) -> tuple[str, ...]:
@@ -135,8 +138,8 @@ def _details(row: Row) -> str:
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--samples", default=64, show_default=True, help="Conversations to calibrate on.")
-@click.option("--cases", default=200, show_default=True, help="Of every task, to score on.")
+@click.option("--samples", default=64, show_default=True, type=click.IntRange(1), help="Conversations to calibrate on.")
+@click.option("--cases", default=200, show_default=True, type=click.IntRange(1), help="Of every task, to score on.")
 @click.option("--recipes", default=",".join(RECIPES), show_default=True)
 @click.option(
     "--speed",
@@ -153,6 +156,7 @@ def _details(row: Row) -> str:
 def main(checkpoint: Path, samples: int, cases: int, recipes: str, speed: Path | None, bundles: Path) -> None:
     """Quantize CHECKPOINT (the demo model) by every recipe and score what came out."""
     names = recipes.split(",")
+    _check_names(names)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         quantizer = Quantizer(checkpoint, folder, write_conversations(folder, samples + 8), samples)
@@ -179,6 +183,16 @@ def main(checkpoint: Path, samples: int, cases: int, recipes: str, speed: Path |
     click.echo(f"no recipe quantizes in fp32; {cpu_model()}")
     if speeds.what:
         click.echo(f"speed: {speeds.what}")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Before minutes of measuring."""
+    for name in names:
+        decoder, vision, rotation = parts(name)
+        try:
+            recipe("gptq-int4" if decoder == "hybrid" else decoder, vision=vision, rotate=rotation or "none")
+        except InputError as e:
+            raise click.UsageError(f"--recipes: {name!r}: {e}") from None
 
 
 def _held_out(start: int) -> list[tuple[Any, str]]:

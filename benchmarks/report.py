@@ -93,7 +93,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         InputError: not such a file.
     """
     try:
-        cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        cases = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: not a file of JSON lines ({e}); expected what `edgevl bench --json` wrote") from None
     for case in cases:

@@ -76,6 +76,6 @@ class ClockWatch:
 def throttled(before: Heat, after: Heat, watch: ClockWatch) -> int | bool | None:
     """How often the processor throttled between two readings; where it does not count, whether its clocks stayed low
     under load; None where it tells neither."""
-    if after.throttled is None:
+    if before.throttled is None or after.throttled is None:
         return watch.low
-    return after.throttled - (before.throttled or 0)
+    return after.throttled - before.throttled

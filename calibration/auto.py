@@ -29,10 +29,11 @@ from edgevl.calibration.driver import (
     Progress,
     QuantizeReport,
     check_output,
-    fingerprint,
+    check_still_free,
     quantize_checkpoint,
 )
 from edgevl.calibration.fidelity import Divergence
+from edgevl.calibration.fingerprint import check_same_run, fingerprint
 from edgevl.calibration.recipes import PLAIN, Recipe
 from edgevl.calibration.sensitivity import Sensitivity, sensitivities, units_of
 from edgevl.runtime.checkpoint import Checkpoint
@@ -149,6 +150,7 @@ def quantize_auto(
         best = search.trial_folder(len(report.steps))
         if judge is not None:
             judge(best, report)
+        check_still_free(target, search.folder)
         quantized = _renamed(best, Path(output), time.monotonic() - started)
         best.rename(target)
     except CheckFailedError:
@@ -203,12 +205,7 @@ class _Search:
             shutil.rmtree(self.folder)
         state = self.folder / "state.json"
         if state.exists():
-            found = json.loads(state.read_text(encoding="utf-8"))
-            different = [key for key, value in wanted.items() if found.get(key) != value]
-            if different:
-                raise InputError(
-                    f"{self.folder}: was begun with other {', '.join(different)}; run without --resume to start over"
-                )
+            check_same_run(self.folder, state, wanted)
         self.folder.mkdir(exist_ok=True)
         _put(state, wanted)
 

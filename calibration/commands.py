@@ -11,7 +11,7 @@ import click
 from tabulate import tabulate
 
 from edgevl.calibration.auto import AutoReport, quantize_auto
-from edgevl.calibration.dataset import Sample, SampleSource, read_conversations
+from edgevl.calibration.dataset import LEAST_SAMPLES, Sample, SampleSource, read_conversations
 from edgevl.calibration.driver import QuantizeReport, check_output, quantize_checkpoint
 from edgevl.calibration.fidelity_command import measure_options, progress_bar, summary, wanted
 from edgevl.calibration.page import write_page
@@ -28,6 +28,7 @@ _KINDS = (
     *("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "merger.mlp.0", "merger.mlp.2"),
 )
 _HELD_OUT = 8  # samples on which the divergence is measured, never calibrated on
+_LEAST_HELD_OUT = 2  # a single one gives no interval
 _SCRATCH = "fidelity.partial"  # inside the unpublished folder: hidden states and bundles
 
 
@@ -43,7 +44,7 @@ _SCRATCH = "fidelity.partial"  # inside the unpublished folder: hidden states an
     "--held-out",
     type=click.IntRange(1),
     metavar="N",
-    help=f"Other conversations, to measure on [default: an eighth, at most {_HELD_OUT}].",
+    help=f"Other conversations, to measure on [default: an eighth, 2 to {_HELD_OUT}].",
 )
 @click.option(
     "--vision", metavar="V", help=f"Vision encoder: {', '.join(VISION_RECIPES)} [default: none, left as it is]."
@@ -85,7 +86,7 @@ def quantize(checkpoint: str, output: str, recipe_name: str, images: str | None,
     asked = wanted(options)
     _check(chosen, asked, images, options["auto"])
     check_output(Path(output).absolute())
-    samples, held_out = _samples(checkpoint, chosen, images, options)
+    samples, held_out = _samples(checkpoint, images, {**options, "output": output})
     made = {"recipe": asdict(chosen), "images": images and Path(images).name, "samples": len(samples)}
     made |= {key: options[key] for key in ("seed", "max_pixels")}
     measured: list[FidelityReport] = []
@@ -121,6 +122,11 @@ def _check(chosen: Recipe, asked: Wanted, images: str | None, auto: bool) -> Non
         )
     if images is None and (asked.granularities or asked.max_kl is not None):
         raise InputError("--max-kl and --sensitivity measure on held-out conversations; pass --images")
+    if chosen.method == "none" and asked.granularities:
+        raise InputError(
+            f"recipe {chosen.name!r} quantizes no linear layer of the decoder, so none has a sensitivity; leave "
+            "--sensitivity away"
+        )
     if chosen.method == "w8a8" and set(asked.granularities) - {"layer"}:
         raise InputError(
             f"recipe {chosen.name!r} folds factors between linear layers, which means nothing for a part of a decoder "
@@ -128,10 +134,8 @@ def _check(chosen: Recipe, asked: Wanted, images: str | None, auto: bool) -> Non
         )
 
 
-def _samples(
-    checkpoint: str, chosen: Recipe, images: str | None, options: dict[str, Any]
-) -> tuple[list[Sample], list[Sample]]:
-    """Samples to calibrate on, and others held out: an eighth, at most 8."""
+def _samples(checkpoint: str, images: str | None, options: dict[str, Any]) -> tuple[list[Sample], list[Sample]]:
+    """Samples to calibrate on, and others held out: an eighth, 2 to 8, but one where few are left to calibrate on."""
     if images is None:
         return [], []
     conversations = read_conversations(images)
@@ -142,14 +146,20 @@ def _samples(
         skipped.append(message)
         note(message)
 
+    scratch = Path(options["output"]).absolute().parent
     with Checkpoint.open(checkpoint) as opened:  # a hub id becomes a folder
-        source = SampleSource(opened.folder, max_pixels=options["max_pixels"], skipped=skip)
-    held = options["held_out"] or min(_HELD_OUT, max(1, len(conversations) // 8))
-    found = source.samples(conversations, options["samples"] + held, options["seed"])
-    if options["held_out"] and held >= len(found):
+        source = SampleSource(
+            opened.folder, max_pixels=options["max_pixels"], skipped=skip, notice=note, scratch=scratch
+        )
+    count, given = options["samples"], options["held_out"]
+    held = given or min(_HELD_OUT, max(_LEAST_HELD_OUT, len(conversations) // 8))
+    found = source.samples(conversations, count + held, options["seed"], min(LEAST_SAMPLES, count + 1))
+    if given and held >= len(found):
         raise InputError(
             f"{len(found)} conversations can be used, {held} are to be held out; give more, or hold out less"
         )
+    if not given:
+        held = min(held, max(1, len(found) - min(count, LEAST_SAMPLES)))
     held = min(held, len(found) - 1)
     tokens = sum(len(s.ids) for s in found)
     note(

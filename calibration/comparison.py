@@ -2,8 +2,9 @@
 
 Works from the files alone, so it measures any quantized checkpoint that can be read, ours or another tool's. Two
 decoder layers are in memory at a time. Arithmetic is float32 with dequantized weights; inputs of W8A8 layers, also the
-vision encoder's, are rounded as their kernels do. What a bundle adds (embedding and head in 8 bits, activations
-rounded inside weight-only kernels) is not in here: scores of bundles hold it.
+vision encoder's, are rounded as their kernels do, and keys and values as an INT8 KV cache with the checkpoint's scales
+does. What a bundle adds (embedding and head in 8 bits, activations rounded inside weight-only kernels) is not in here:
+scores of bundles hold it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgevl.calibration.cache_rounding import cache_rounding
 from edgevl.calibration.dataset import Sample
 from edgevl.calibration.dequantized import FloatCheckpoint
 from edgevl.calibration.fidelity import Divergence
 from edgevl.calibration.formats import quantize_channels
 from edgevl.calibration.grids import dequantized, round_to_nearest
+from edgevl.calibration.kv_cache import chained
 from edgevl.calibration.layers import DECODER_GROUPS, MERGER_GROUPS, VISION_GROUPS, Watch
 from edgevl.calibration.rotation import RotatedCheckpoint
 from edgevl.calibration.streams import Streams
@@ -81,16 +84,24 @@ class Comparison:
 
 
 def check_pair(original: FloatCheckpoint, quantized: FloatCheckpoint) -> None:
-    """Raises InputError unless the first is plain and the second the same model, quantized."""
+    """Whether the first is plain and the second the same model with something quantized: layers, or the KV cache alone.
+
+    Raises:
+        InputError: they are not.
+        CheckpointError: all that the second has is scales of a KV cache, and they are not those of an INT8 cache.
+    """
     if original.stored.quantization is not None:
         raise InputError(
             f"{original.folder}: already quantized ({original.stored.quantization.method}); give the original "
             "checkpoint first"
         )
     if quantized.stored.quantization is None and quantized.stored.rotation is None:
-        raise InputError(
-            f"{quantized.folder}: not quantized; give the original checkpoint first, the quantized one last"
-        )
+        if quantized.stored.cache.entries:
+            quantized.stored.cache.check()
+        else:
+            raise InputError(
+                f"{quantized.folder}: not quantized; give the original checkpoint first, the quantized one last"
+            )
     first, second = original.stored.rotation, quantized.stored.rotation
     if first is not None and first != second:
         raise InputError(
@@ -210,9 +221,10 @@ def compare(
             moved = folded(before, after)
             any_folded |= moved
             watch = _Errors(before, after, kinds, quantized, rounding(kinds), measured=not moved)
+            rounded = chained(watch, cache_rounding(quantized, i))
             plain = before if reference is original else layer_weights(original, i)
             streams.advance("original", plain, where=f"original, model.layers.{i}")
-            streams.advance("quantized", after, watch, where=f"quantized, model.layers.{i}")
+            streams.advance("quantized", after, rounded, where=f"quantized, model.layers.{i}")
             layers += [watch.report(r) for r in _plain_reports(quantized, i)]
             hidden.append(_hidden_error(streams, reference))
         report(count, count + 1, "logits")

@@ -9,7 +9,6 @@ renames the folder. The same inputs and number of threads give the same bytes, r
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 import time
@@ -18,12 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from edgevl.calibration.activations import Activations
 from edgevl.calibration.dataset import Sample
 from edgevl.calibration.fidelity import Divergence, DivergenceSum
+from edgevl.calibration.fingerprint import check_same_run, fingerprint
 from edgevl.calibration.layer_methods import quantize_layer
 from edgevl.calibration.layer_report import LayerReport
 from edgevl.calibration.output import write_rest
@@ -32,11 +31,19 @@ from edgevl.calibration.rotation import RotatedCheckpoint
 from edgevl.calibration.run import Progress, Run, replace_file
 from edgevl.calibration.vision import block_file, quantize_tower, tower_reports
 from edgevl.calibration.w8a8 import Int8Scheme
-from edgevl.calibration.weights import Head, Stored, embed_samples
+from edgevl.calibration.weights import Head, embed_samples
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.errors import CheckFailedError, CheckpointError, InputError
 
-__all__ = ["REPORT", "LayerReport", "Progress", "QuantizeReport", "check_output", "fingerprint", "quantize_checkpoint"]
+__all__ = [
+    "REPORT",
+    "LayerReport",
+    "Progress",
+    "QuantizeReport",
+    "check_output",
+    "check_still_free",
+    "quantize_checkpoint",
+]
 
 REPORT = "edgevl_quantize.json"
 _ROWS = 32  # of logits at once: 20 MB with the released vocabulary
@@ -137,12 +144,26 @@ def check_output(target: Path) -> None:
         raise InputError(f"{target}: exists already; choose another output, or remove it first")
 
 
+def check_still_free(target: Path, folder: Path) -> None:
+    """Raises InputError where something came to lie at `target` while the result was made, which stays in `folder`."""
+    if target.exists():
+        raise InputError(
+            f"{target}: was made by something else in the meantime; the result waits in {folder}: remove or rename "
+            "what is there, then run again with --resume"
+        )
+
+
 def _check_recipe(
     checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sample], held_out: Sequence[Sample], max_kl: float | None
 ) -> None:
     if checkpoint.quantization is not None:
         raise InputError(
             f"{checkpoint.folder}: already quantized ({checkpoint.quantization.method}); give the original checkpoint"
+        )
+    if checkpoint.cache.entries and not recipe.kv_cache:
+        raise InputError(
+            f"{checkpoint.folder}: has scales of a KV cache, which belong to its weights as they are and would be "
+            "lost; add --kv-cache int8 for new ones, or give the original checkpoint"
         )
     if recipe.rotate != "none" and checkpoint.rotation is not None:
         raise InputError(
@@ -165,20 +186,6 @@ def _check_recipe(
             )
 
 
-def fingerprint(
-    checkpoint: Stored, recipe: Recipe, samples: Sequence[Sample], held_out: Sequence[Sample]
-) -> dict[str, Any]:
-    """What must be equal for a run to go on: the recipe, the weights' files and the samples. JSON."""
-    digest = hashlib.sha256()
-    for sample in (*samples, *held_out):
-        digest.update(sample.ids.tobytes() + sample.positions.tobytes())
-        for picture in sample.vision:
-            digest.update(np.ascontiguousarray(picture.pixel_values).data)
-    files = {p.name: p.stat().st_size for p in sorted(checkpoint.folder.glob("*.safetensors"))}
-    layers = checkpoint.config.text.num_hidden_layers
-    return {"recipe": asdict(recipe), "weights": files, "samples": digest.hexdigest(), "layers": layers}
-
-
 def _prepare(run: Run, resume: bool) -> None:
     """The working folder with the hidden states that enter the first layer, or that of a run to go on with."""
     state = run.folder / "state.json"
@@ -186,12 +193,7 @@ def _prepare(run: Run, resume: bool) -> None:
     if run.folder.exists() and not resume:
         shutil.rmtree(run.folder)
     if state.exists():
-        found = json.loads(state.read_text(encoding="utf-8"))
-        different = [key for key, value in wanted.items() if found.get(key) != value]
-        if different:
-            raise InputError(
-                f"{run.folder}: was begun with other {', '.join(different)}; run without --resume to start over"
-            )
+        check_same_run(run.folder, state, wanted)
     run.folder.mkdir(exist_ok=True)
     replace_file(state, json.dumps(wanted))
     if any(run.shard(i).exists() for i in range(run.layers)):
@@ -218,14 +220,14 @@ def _quantize_vision(run: Run) -> dict[str, Activations]:
 
 
 def _divergence(run: Run) -> Divergence | None:
-    """Over the held-out positions whose next token is text: nobody samples after a picture's token."""
+    """Over the `measured` positions of the held-out samples."""
     if not run.held_out:
         return None
     run.progress(run.layers, run.layers, "held-out samples")
     total, head = DivergenceSum(), Head(run.checkpoint)
     pairs = zip(run.held_out, *(run.hidden(s, run.layers).read() for s in ("original", "quantized")))
     for sample, original, quantized in pairs:
-        wanted = torch.from_numpy(~sample.visual)
+        wanted = torch.from_numpy(sample.measured)
         for some in zip(original[wanted].split(_ROWS), quantized[wanted].split(_ROWS)):
             total.add(*(head(hidden) for hidden in some))
     return total.result()
@@ -249,7 +251,9 @@ def _judge(folder: Path, judge: Judge) -> None:
 
 
 def _finish(run: Run, target: Path, report: QuantizeReport) -> None:
+    """Take away what only a run that goes on needs, once nothing is in the way any more, and publish the rest."""
+    check_still_free(target, run.folder)
+    replace_file(run.folder / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
     for path in (*(p for kind in _WORK for p in run.folder.glob(kind)), run.folder / "state.json"):
         path.unlink()
-    replace_file(run.folder / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
     run.folder.rename(target)

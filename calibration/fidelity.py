@@ -1,7 +1,8 @@
 """How far a quantized model's next-token distributions are from the original's. Pure functions and a running sum.
 
-KL(original || quantized) and top-1 agreement over held-out positions: a per-layer output error alone misleads (the
-attention sink's one token must stay exact, ordinary tokens need not; see benchmarks/LOG.md), so end to end decides.
+KL(original || quantized) and top-1 agreement over held-out positions (`dataset.Sample.measured`): a per-layer output
+error alone misleads (the attention sink's one token must stay exact, ordinary tokens need not; see benchmarks/LOG.md),
+so end to end decides.
 Tokens of one conversation resemble each other, so intervals come from drawing whole conversations.
 """
 
@@ -70,12 +71,13 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, l
     With weights the mean is sum(w v) / sum(w) of what was drawn: of conversations, say, weighted with their tokens.
 
     Raises:
-        ValueError: no values, or weights that do not belong to them.
+        ValueError: a single value, which can only be drawn again and says nothing of how far others are; or weights
+            that do not belong to them.
     """
     v = np.asarray(values, np.float64)
     w = np.ones_like(v) if weights is None else np.asarray(weights, np.float64)
-    if not v.size or w.shape != v.shape:
-        raise ValueError(f"{v.size} values with {w.size} weights, expected at least one and as many")
+    if v.size < 2 or w.shape != v.shape:
+        raise ValueError(f"{v.size} values with {w.size} weights, expected at least two and as many")
     drawn = np.random.default_rng(0).integers(0, len(v), (_DRAWS, len(v)))
     means = (v * w)[drawn].sum(1) / w[drawn].sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

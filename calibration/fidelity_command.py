@@ -15,8 +15,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from edgevl.calibration.auto import AutoReport
+from edgevl.calibration.cache_rounding import has_int8_cache
 from edgevl.calibration.comparison import Progress, check_pair
-from edgevl.calibration.dataset import SampleSource, read_conversations
+from edgevl.calibration.dataset import Sample, SampleSource, read_conversations
 from edgevl.calibration.dequantized import FloatCheckpoint
 from edgevl.calibration.page import check_page, write_page
 from edgevl.calibration.recipes import PLAIN
@@ -30,7 +31,7 @@ from edgevl.tasks import TASKS
 
 __all__ = ["fidelity", "measure_options", "progress_bar", "summary", "wanted"]
 
-_CASES = 100  # of every task, where only a limit was given
+_CASES = 100  # of every task, where only a limit or the tasks were given
 _MOST_ROWS = 12  # of sensitivities at the terminal
 
 
@@ -45,7 +46,12 @@ def measure_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help=f"Fail when the share of right answers is smaller, of a task or the mean; implies --tasks {_CASES}.",
         ),
         click.option("--max-kl", type=float, metavar="X", help="Fail when the KL to the original is larger."),
-        click.option("--task", multiple=True, metavar="NAME", help="Score only this task (repeatable) [default: all]."),
+        click.option(
+            "--task",
+            multiple=True,
+            metavar="NAME",
+            help=f"Score only this task (repeatable) [default: all]; implies --tasks {_CASES}.",
+        ),
         click.option(
             "--tasks",
             type=click.IntRange(1),
@@ -71,8 +77,8 @@ def wanted(options: dict[str, Any]) -> Wanted:
         InputError, EdgeVLError: an option that cannot be, or a package that is missing.
     """
     limits = parse_min_scores(options["min_score"])
-    tasks = tuple(options["task"]) or tuple(TASKS)
-    cases = options["tasks"] or (_CASES if limits else 0)
+    tasks = tuple(dict.fromkeys(options["task"])) or tuple(TASKS)
+    cases = options["tasks"] or (_CASES if limits or options["task"] else 0)
     if options["max_kl"] is not None and not options["max_kl"] >= 0:
         raise InputError(f"--max-kl is {options['max_kl']}, expected 0 or more")
     if cases:
@@ -125,12 +131,7 @@ def fidelity(original: str, quantized: str, images: str | None, json_path: str |
         raise InputError("nothing to measure on; pass --images for the divergence, --tasks N for scores, or both")
     if json_path is not None:
         check_output_file(json_path, "a JSON file")
-    samples = []
-    with FloatCheckpoint.open(original) as a, FloatCheckpoint.open(quantized) as b:
-        check_pair(a, b)
-        if images is not None:
-            source = SampleSource(a.folder, max_pixels=options["max_pixels"], skipped=note)
-            samples = source.samples(read_conversations(images), options["samples"], options["seed"])
+    samples = _checked_samples(original, quantized, images, asked, options)
     known = {"images": images and Path(images).name, "seed": options["seed"], "max_pixels": options["max_pixels"]}
     try:
         with tempfile.TemporaryDirectory() as temporary, progress_bar("step") as progress:
@@ -151,19 +152,42 @@ def fidelity(original: str, quantized: str, images: str | None, json_path: str |
     check_gates(report)
 
 
+def _checked_samples(
+    original: str, quantized: str, images: str | None, asked: Wanted, options: dict[str, Any]
+) -> list[Sample]:
+    """What to measure on; whether the two belong together, and have what is asked for."""
+    with FloatCheckpoint.open(original) as a, FloatCheckpoint.open(quantized) as b:
+        check_pair(a, b)
+        if b.stored.cache.entries and not has_int8_cache(b.stored):
+            note(f"{quantized}: the scales of its KV cache are not an INT8 cache's; measured with a float KV cache")
+        if asked.granularities and not any(name.startswith("model.layers.") for name in b.stored.layers):
+            raise InputError(
+                f"{quantized}: no linear layer of its decoder is quantized, so none has a sensitivity; leave "
+                "--sensitivity away"
+            )
+        if images is None:
+            return []
+        source = SampleSource(
+            a.folder, max_pixels=options["max_pixels"], skipped=note, notice=note, scratch=tempfile.gettempdir()
+        )
+    return source.samples(read_conversations(images), options["samples"], options["seed"])
+
+
 def summary(report: FidelityReport) -> str:
     """What a person at the terminal wants to know of a report."""
     before, after = report.original, report.quantized
     lines = [
         f"{after.nbytes / 1e6:,.1f} MB of {before.nbytes / 1e6:,.1f}, the decoder's linear layers in "
-        f"{after.decoder_bits:.2f} bits a weight"
+        f"{after.decoder_bits:.2f} bits a weight{', INT8 KV cache' if after.kv_cache == 'int8' else ''}"
     ]
     if report.divergence is not None:
         d = report.divergence
+        kl = "" if d.kl_interval is None else " (95 % {:.4f} to {:.4f})".format(*d.kl_interval)
+        top1 = "" if d.top1_interval is None else " ({:.1%} to {:.1%})".format(*d.top1_interval)
+        count = len(d.conversations)
+        told = f"{count} conversations" if count > 1 else "one conversation, too few for an interval"
         lines.append(
-            f"KL to the original {d.kl:.4f} (95 % {d.kl_interval[0]:.4f} to {d.kl_interval[1]:.4f}), same top token "
-            f"{d.top1:.1%} ({d.top1_interval[0]:.1%} to {d.top1_interval[1]:.1%}), over {d.tokens:,} tokens of "
-            f"{len(d.conversations)} conversations"
+            f"KL to the original {d.kl:.4f}{kl}, same top token {d.top1:.1%}{top1}, over {d.tokens:,} tokens of {told}"
         )
     if report.auto is not None:
         lines += _auto(report.auto)

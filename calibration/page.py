@@ -55,6 +55,8 @@ def _provenance(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
         said = data[what]["quantization"]
         if said:
             yield f"format of the {what}", ", ".join(f"{key} {value}" for key, value in said.items())
+        if data[what].get("kv_cache", "float") != "float":
+            yield f"KV cache of the {what}", data[what]["kv_cache"]
     for key, value in data["provenance"].items():
         if isinstance(value, dict):
             yield from ((f"{key}: {k}", str(v)) for k, v in value.items() if v not in (None, {}))

@@ -80,8 +80,8 @@ def draw_plots(data: dict[str, Any]) -> list[Plot]:
         )
         add(
             "Divergence of each held-out conversation",
-            "Mean KL(original || quantized) of a conversation's text positions, least first; dashed: the mean over "
-            "positions, shaded: its 95 % interval.",
+            "Mean KL(original || quantized) of a conversation's words from its first picture on, least first; dashed: "
+            "the mean over positions, shaded: its 95 % interval.",
             _conversations(data["divergence"]),
         )
         add(
@@ -210,7 +210,8 @@ def _conversations(divergence: dict[str, Any] | None) -> Any:
         return None
     values = sorted(d["kl"] for d in divergence["conversations"])
     figure, axis = _figure(6.4, 2.7)
-    axis.axhspan(*divergence["kl_interval"], color=_OURS, alpha=0.12, lw=0)
+    if divergence["kl_interval"] is not None:
+        axis.axhspan(*divergence["kl_interval"], color=_OURS, alpha=0.12, lw=0)
     axis.axhline(divergence["kl"], color=_OURS, ls="--", lw=1.2)
     axis.plot(range(1, len(values) + 1), values, "o", ms=5, color=_OURS)
     if values[0] > 0 and values[-1] / values[0] > 20:

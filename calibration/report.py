@@ -1,15 +1,18 @@
 """The fidelity report: what quantization did to a model, as one JSON document (`fidelity.json`).
 
-Schema "edgevl.fidelity", version 1; a version changes when a key changes its meaning or goes away, not when one comes.
+Schema "edgevl.fidelity", version 2; a version changes when a key changes its meaning or goes away, not when one comes.
+Version 1 took its divergence over the words before a conversation's first picture too, and had no null intervals.
 Keys, in order (`FidelityReport` has the same names):
 
-    schema, version       "edgevl.fidelity", 1
-    original, quantized   {name, nbytes, decoder_bits, quantization}: folder name, bytes of all weights, bits per weight
-                          of the decoder's linear layers with scales and zero points, and what the checkpoint says of
-                          its format (null for a plain one)
+    schema, version       "edgevl.fidelity", 2
+    original, quantized   {name, nbytes, decoder_bits, quantization, kv_cache}: folder name, bytes of all weights, bits
+                          per weight of the decoder's linear layers with scales and zero points, what the checkpoint
+                          says of its format (null for a plain one), and the cache that it was measured with, "float"
+                          or "int8"
     divergence            null without samples, else {kl, kl_interval, top1, top1_interval, tokens, conversations}: mean
-                          KL(original || quantized) in nats and share of equal top tokens over positions whose next
-                          token is text, 95 % intervals from redrawing conversations, and {kl, top1, tokens} of each
+                          KL(original || quantized) in nats and share of equal top tokens over the words from the first
+                          picture on, 95 % intervals from redrawing conversations (null with a single one), and
+                          {kl, top1, tokens} of each
     layers                [{name, bits, group_size, parameters, nbytes, error, rtn_error}], see
                           `comparison.LinearReport`
     hidden_errors         [number]: after each decoder layer, mean over tokens of |h' - h|² / |h|²
@@ -29,13 +32,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from edgevl.calibration.auto import AutoReport
+from edgevl.calibration.cache_rounding import has_int8_cache
 from edgevl.calibration.comparison import LinearReport, Progress, compare
 from edgevl.calibration.dataset import Sample
 from edgevl.calibration.dequantized import FloatCheckpoint
@@ -60,7 +64,8 @@ __all__ = [
 ]
 
 FIDELITY = "fidelity.json"  # inside a quantized checkpoint
-SCHEMA, VERSION = "edgevl.fidelity", 1
+SCHEMA, VERSION = "edgevl.fidelity", 2
+_READ = (1, VERSION)  # they have the same keys
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,17 @@ class CheckpointSummary:
     nbytes: int
     decoder_bits: float
     quantization: dict[str, Any] | None
+    kv_cache: str
 
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """`Divergence` with 95 % intervals, and of every conversation."""
+    """`Divergence` with 95 % intervals (None where there was one conversation), and of every conversation."""
 
     kl: float
-    kl_interval: Interval
+    kl_interval: Interval | None
     top1: float
-    top1_interval: Interval
+    top1_interval: Interval | None
     tokens: int
     conversations: tuple[Divergence, ...]
 
@@ -148,7 +154,7 @@ def measure(
             result = compare(a, b, samples, scratch, progress)
             units = [u for granularity in wanted.granularities for u in units_of(b, granularity)]
             found = sensitivities(a, b, samples, units, scratch, progress) if units else []
-            summaries = _summary(a), replace(_summary(b), **({"name": name} if name else {}))
+            summaries = _summary(a), _summary(b, name, "int8" if has_int8_cache(b.stored) else "float")
         scores: list[TaskScore] = []
         if wanted.cases:
             scores = score_pair(original, quantized, wanted.tasks, wanted.cases, scratch, notice)
@@ -157,8 +163,10 @@ def measure(
     divergence = _end_to_end(result.conversations) if result.conversations else None
     gates = score_gates(scores, wanted.min_scores)
     if wanted.max_kl is not None and divergence is not None:
-        low, high = divergence.kl_interval
-        detail = f"95 % interval {low:.4f} to {high:.4f} over {len(samples)} conversations"
+        detail = "of one conversation, so without an interval"
+        if divergence.kl_interval is not None:
+            low, high = divergence.kl_interval
+            detail = f"95 % interval {low:.4f} to {high:.4f} over {len(samples)} conversations"
         gates.insert(0, Gate("KL", wanted.max_kl, divergence.kl, divergence.kl <= wanted.max_kl, detail))
     return FidelityReport(
         *summaries,
@@ -217,7 +225,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: not readable as a fidelity report ({e})") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise InputError(f"{path}: no fidelity report; expected a file that `edgevl fidelity` or `quantize` wrote")
-    if data.get("version") != VERSION:
+    if data.get("version") not in _READ:
         raise InputError(
             f"{path}: version {data.get('version')} of the report, this edgevl reads {VERSION}; upgrade it"
         )
@@ -226,18 +234,20 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 def _end_to_end(parts: Sequence[Divergence]) -> EndToEnd:
     whole, tokens = combined(parts), [float(d.tokens) for d in parts]
-    intervals = (bootstrap([getattr(d, key) for d in parts], tokens) for key in ("kl", "top1"))
-    kl, top1 = intervals
+    kl = top1 = None
+    if len(parts) > 1:
+        kl, top1 = (bootstrap([getattr(d, key) for d in parts], tokens) for key in ("kl", "top1"))
     return EndToEnd(whole.kl, kl, whole.top1, top1, whole.tokens, tuple(parts))
 
 
-def _summary(checkpoint: FloatCheckpoint) -> CheckpointSummary:
+def _summary(checkpoint: FloatCheckpoint, name: str | None = None, kv_cache: str = "float") -> CheckpointSummary:
     stored = checkpoint.stored
     nbytes = sum(stored.nbytes(name) for name in stored.names())
     linear = [n for n in stored.names() if n.startswith("model.layers.") and n.endswith("_proj.weight")]
     weights = sum(rows * columns for rows, columns in (stored.shape(n) for n in linear))
     bits = 8 * sum(stored.nbytes(n) for n in linear) / weights
-    return CheckpointSummary(stored.folder.resolve().name, nbytes, bits, stored.describe_quantization())
+    called = name or stored.folder.resolve().name
+    return CheckpointSummary(called, nbytes, bits, stored.describe_quantization(), kv_cache)
 
 
 def _machine() -> dict[str, Any]:

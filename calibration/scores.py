@@ -2,7 +2,7 @@
 
 Scored are bundles, in the real runtime: `edgevl export` writes them into a temporary folder (as a command of its own:
 calibration does not know graphs), the yardstick (edgevl.tasks) asks them. Both keep their vision encoder in float32,
-so that the difference is the quantization's.
+so that the difference is the quantization's; a quantized checkpoint with scales of an INT8 KV cache has that cache.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgevl.calibration.cache_rounding import has_int8_cache
 from edgevl.calibration.fidelity import Interval
 from edgevl.runtime.checkpoint import Checkpoint
 from edgevl.runtime.errors import CheckpointError, EdgeVLError, InputError
@@ -128,7 +129,7 @@ def score_pair(
     answers = []
     for what, checkpoint in (("original", original), ("quantized", quantized)):
         (notice or (lambda _: None))(f"scores of the {what} checkpoint: {cases} cases of each of {len(tasks)} tasks")
-        bundle = _export(Path(checkpoint), folder / f"bundle-{what}")
+        bundle = _export(Path(checkpoint), folder / f"bundle-{what}", int8_cache=what == "quantized")
         answers.append(score_bundle(bundle, list(tasks), cases))
         shutil.rmtree(bundle)
     return compare_answers(answers[0], answers[1])
@@ -176,12 +177,15 @@ def score_gates(scores: Sequence[TaskScore], limits: Mapping[str, float]) -> lis
     return out
 
 
-def _export(checkpoint: Path, bundle: Path) -> Path:
+def _export(checkpoint: Path, bundle: Path, *, int8_cache: bool) -> Path:
+    """A bundle of the checkpoint, in its own precision; `int8_cache`: with its INT8 KV cache, where it has one."""
     with Checkpoint.open(checkpoint) as opened:
         own = opened.quantization is not None
         quantized_vision = any(name.startswith("visual.") for name in opened.layers)
+        int8_cache = int8_cache and has_int8_cache(opened)
     options = [] if own else ["--precision", "fp32"]
     options += [] if quantized_vision else ["--vision-precision", "fp32"]
+    options += ["--kv-cache", "int8"] if int8_cache else []
     command = [sys.executable, "-m", "edgevl.runtime", "export", str(checkpoint), "-o", str(bundle), "--no-verify"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -82,11 +82,10 @@ class Streams:
         self._file(name).remove()
 
     def divergences(self, original: str, other: str, heads: tuple[Head, Head]) -> list[Divergence]:
-        """Of the finished stream `other` from `original`, one per sample, over the positions whose next token is text:
-        nobody samples after a picture's token."""
+        """Of the finished stream `other` from `original`, one per sample, over its `measured` positions."""
         found = []
         for sample, *hidden in zip(self._samples, self.read(original), self.read(other)):
-            wanted, total = torch.from_numpy(~sample.visual), DivergenceSum()
+            wanted, total = torch.from_numpy(sample.measured), DivergenceSum()
             for pair in zip(*(h[wanted].split(_ROWS) for h in hidden)):
                 total.add(*(head(part) for head, part in zip(heads, pair)))
             found.append(total.result())

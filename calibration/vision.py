@@ -50,7 +50,7 @@ class Tower:
     def patches(self) -> Iterator[Tensor]:
         """What enters the first block: [patches, embed_dim] of every picture."""
         patch = torch.from_numpy(self._checkpoint.read("visual.patch_embed.proj.weight")).flatten(1)
-        return (F.linear(torch.from_numpy(p.pixel_values), patch) for p in self.pictures)
+        return (F.linear(torch.from_numpy(np.array(p.pixel_values)), patch) for p in self.pictures)
 
     def run(self, layer: int, x: Iterator[Tensor], weights: Mapping[str, Tensor], watch: Watch) -> Iterator[Tensor]:
         """Outputs of block `layer` for every picture: [patches, embed_dim], or [tokens, hidden] of the merger, which

@@ -298,10 +298,13 @@ class Checkpoint:
 def _resolve(source: str | Path) -> Path:
     """The folder of `source`, downloaded first when it is a hub id."""
     folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{source}: a file, expected the checkpoint's folder")
+    try:
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise CheckpointError(f"{source}: a file, expected the checkpoint's folder")
+    except OSError as e:  # a name that is too long, a folder above that may not be looked into
+        raise CheckpointError(f"{str(source)[:200]}: cannot be read ({e.strerror}); check the path") from None
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)):
         raise CheckpointError(f"{source}: no such folder, and not a hub id (owner/name)")
     try:

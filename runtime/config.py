@@ -8,7 +8,6 @@ that the graphs do not implement, raise; keys that only concern training are ign
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from edgevl.runtime.errors import CheckpointError
 __all__ = ["ModelConfig", "SpecialTokens", "TextConfig", "VisionConfig"]
 
 MODEL_TYPE = "qwen2_vl"
+_MOST = 1e15  # beyond it a number is a mistake, and products of such have no float
 VISION_ROPE_THETA = 10000.0  # fixed in the reference, modeling_qwen2_vl.py VisionRotaryEmbedding
 
 
@@ -160,10 +160,11 @@ def _number(source: dict[str, Any], key: str, where: str, kind: type = int) -> A
     if key not in source:
         raise CheckpointError(f"{where}: {key!r} is missing; expected a number")
     value = source[key]
-    # JSON as Python reads it has NaN and Infinity.
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # JSON as Python reads it has NaN and Infinity, and integers that no float holds.
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and -_MOST <= value <= _MOST
     if not ok or (kind is int and value != int(value)):
-        raise CheckpointError(f"{where}: {key} is {value!r}, expected {'an integer' if kind is int else 'a number'}")
+        expected = "an integer" if kind is int else "a number"
+        raise CheckpointError(f"{where}: {key} is {value!r:.60}, expected {expected} of at most {_MOST:.0e}")
     if value <= 0:
         raise CheckpointError(f"{where}: {key} is {value!r}, expected a positive number")
     return kind(value)
@@ -182,8 +183,9 @@ def _text_config(text: dict[str, Any], config: dict[str, Any], where: str) -> Te
         raise CheckpointError(f"{where}: hidden_act is {text['hidden_act']!r}, expected 'silu'")
     if text.get("use_sliding_window"):
         raise CheckpointError(f"{where}: use_sliding_window is true; sliding-window attention is not supported")
-    if any(kind != "full_attention" for kind in text.get("layer_types") or ()):
-        raise CheckpointError(f"{where}: layer_types {text['layer_types']!r}; only 'full_attention' is supported")
+    kinds = text.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise CheckpointError(f"{where}: layer_types is {kinds!r:.200}; only 'full_attention' is supported")
     rope = text.get("rope_scaling") or text.get("rope_parameters") or config.get("rope_scaling") or {}
     section = rope.get("mrope_section") if isinstance(rope, dict) else None
     if not isinstance(section, list) or rope.get("rope_type", rope.get("type", "default")) not in ("mrope", "default"):
@@ -235,6 +237,10 @@ def _vision_config(vision: dict[str, Any], text: dict[str, Any], where: str) -> 
     if out.embed_dim % out.num_heads or out.head_dim % 4:
         raise CheckpointError(
             f"{where}: embed_dim {out.embed_dim} over {out.num_heads} heads must give a multiple of 4"
+        )
+    if out.intermediate_size < 1:
+        raise CheckpointError(
+            f"{where}: mlp_ratio {out.mlp_ratio:g} of embed_dim {out.embed_dim} is less than 1; expected some 4"
         )
     if out.hidden_size != text.get("hidden_size"):
         raise CheckpointError(

@@ -13,7 +13,8 @@ import os
 import re
 import stat
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote
@@ -23,9 +24,20 @@ from PIL import Image, UnidentifiedImageError
 
 from edgevl.runtime.errors import InputError
 
-__all__ = ["check_source", "load_image", "local_path", "url_bytes"]
+__all__ = [
+    "MAX_DECODED_PIXELS",
+    "check_pixels",
+    "check_source",
+    "load_image",
+    "local_path",
+    "quiet",
+    "read_pipe",
+    "too_large",
+    "url_bytes",
+]
 
 MAX_DECODED_PIXELS = 178_956_970  # where Pillow's own limit stands unless a program moves it: 0.7 GB decoded
+MAX_PIPED = 1 << 30  # bytes out of a pipe, which are all held in memory
 _FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _ORIENTATION = 0x0112  # EXIF tag 274
@@ -148,7 +160,7 @@ def url_bytes(url: str) -> bytes:
 def _from_file(path: Path, name: str) -> Image.Image:
     try:
         with path.open("rb") as file:
-            stream: BinaryIO = file if file.seekable() else io.BytesIO(file.read())
+            stream: BinaryIO = file if file.seekable() else read_pipe(file, name)
             if not stream.read(1):
                 raise InputError(f"{name}: the file is empty; expected a picture ({_FORMATS})")
             stream.seek(0)
@@ -163,20 +175,42 @@ def _from_file(path: Path, name: str) -> Image.Image:
         raise InputError(f"{name}: cannot be read ({_reason(e)}); check the path of the picture") from None
 
 
+def read_pipe(file: BinaryIO, name: str) -> io.BytesIO:
+    """What comes through a pipe, all of it.
+
+    Raises:
+        InputError: it does not end within MAX_PIPED bytes.
+    """
+    data = file.read(MAX_PIPED + 1)
+    if len(data) > MAX_PIPED:
+        raise InputError(
+            f"{name}: more than {MAX_PIPED} bytes came through this pipe; save them to a file and pass that"
+        )
+    return io.BytesIO(data)
+
+
 def _from_bytes(data: bytes, name: str) -> Image.Image:
     if not data:
         raise InputError(f"{name}: empty; expected the bytes of a picture file ({_FORMATS})")
     return _from_stream(io.BytesIO(data), name)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Pillow's warnings, which would come or raise as the program's filters say: of pictures of half its limit
+    (ours is the only one), of metadata that is damaged, of palettes whose transparency is looked after here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
 def _from_stream(stream: BinaryIO, name: str) -> Image.Image:
     try:
-        # Pillow's warning at half the limit would come or raise as the program's filters say; ours is the only limit.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with quiet():
             image = Image.open(stream)
     except _BOMB:
-        raise _too_large(name, "too many") from None
+        raise too_large(name, "too many") from None
     except UnidentifiedImageError:
         raise InputError(f"{name}: not a picture, or cut off in its header; expected {_FORMATS}") from None
     except MemoryError:
@@ -194,16 +228,16 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width < 1 or height < 1:
         raise InputError(f"{name}: the picture is {width}×{height} pixels; expected at least 1×1")
-    if width * height > MAX_DECODED_PIXELS:
-        raise _too_large(name, f"{width}×{height} = {width * height}")
+    check_pixels(name, width, height)
     try:
-        image.load()
-        orientation = _orientation(image)  # after load: the TIFF reader turns the picture itself, and says so there
-        rgb = _to_rgb(image, name)
+        with quiet():
+            image.load()
+            orientation = _orientation(image)  # after load: the TIFF reader turns the picture itself, and says so there
+            rgb = _to_rgb(image, name)
     except (InputError, MemoryError):
         raise
     except _BOMB:  # a container whose inner picture is larger than its header says
-        raise _too_large(name, "too many") from None
+        raise too_large(name, "too many") from None
     except Exception as e:  # as in _from_stream
         raise InputError(
             f"{name}: damaged or truncated, or of an unusual kind ({_reason(e)}); copy it again, or save it as PNG"
@@ -277,7 +311,14 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return _finish(Image.fromarray(np.ascontiguousarray(array[:, :, 0] if grey else array)), name)
 
 
-def _too_large(name: str, size: str) -> InputError:
+def check_pixels(name: str, width: int, height: int) -> None:
+    """Raises InputError for a picture, or a frame of a video, that is too large to decode."""
+    if width * height > MAX_DECODED_PIXELS:
+        raise too_large(name, f"{width}×{height} = {width * height}")
+
+
+def too_large(name: str, size: str) -> InputError:
+    """`size`: in words, where it is known."""
     pillows = Image.MAX_IMAGE_PIXELS  # it raises above twice this; a program may have lowered it
     limit = MAX_DECODED_PIXELS if pillows is None else min(MAX_DECODED_PIXELS, 2 * pillows)
     return InputError(

@@ -7,7 +7,6 @@ to the last bit. Takes upright RGB pictures (`edgevl.runtime.image_loading`); kn
 from __future__ import annotations
 
 import json
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -36,6 +35,8 @@ _RESCALE_FACTOR = 1 / 255  # of the reference; the released files leave it out
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = 3  # number of PIL.Image.Resampling.BICUBIC, as preprocessor_config.json stores it
+_MOST = 10**15  # of a setting; beyond it is a mistake
+_MOST_PIXELS = 178_956_970  # that a picture can be blown up to: as many as one may have (image_loading)
 _ROWS_PER_LOOKUP = 128  # patches; an index buffer of this size stays in the cache (twice as fast as all at once)
 
 
@@ -359,15 +360,16 @@ def _integer(name: str, value: Any) -> int:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = 0
-    if number < 1:
-        raise ValueError(f"{name} is {value!r}, expected a positive integer")
+    if not 1 <= number <= _MOST:
+        most = f" of at most {_MOST:.0e}" if number > _MOST else ""
+        raise ValueError(f"{name} is {value!r:.60}, expected a positive integer{most}")
     return number
 
 
 def _real(name: str, value: Any, positive: bool) -> float:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and -_MOST <= value <= _MOST
     if not ok or (positive and value <= 0):
-        raise ValueError(f"{name} holds {value!r}, expected a {'positive ' if positive else ''}finite number")
+        raise ValueError(f"{name} holds {value!r:.60}, expected a {'positive ' if positive else ''}finite number")
     return float(value)
 
 
@@ -377,6 +379,8 @@ def _pixel_problem(config: ImageProcessorConfig) -> str | None:
             f"max_pixels is {config.max_pixels}, expected at least {config.factor**2}: "
             f"one tile of {config.factor}×{config.factor} pixels"
         )
+    if config.min_pixels > _MOST_PIXELS:
+        return f"min_pixels is {config.min_pixels}, expected at most {_MOST_PIXELS}"
     if config.min_pixels > config.max_pixels:
         return f"min_pixels is {config.min_pixels}, max_pixels {config.max_pixels}; expected min_pixels <= max_pixels"
     return None

@@ -52,7 +52,7 @@ def explicit_size(resized_height: float, resized_width: float, factor: int) -> t
     """
     for name, value in (("resized_height", resized_height), ("resized_width", resized_width)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= _MOST_PIXELS:
-            raise InputError(f"{name} is {value!r}, expected a number of 1 to {_MOST_PIXELS} pixels")
+            raise InputError(f"{name} is {value!r:.60}, expected a number of 1 to {_MOST_PIXELS} pixels")
     ratio = max(resized_height, resized_width) / min(resized_height, resized_width)
     if ratio > MAX_ASPECT_RATIO:
         raise InputError(

@@ -104,7 +104,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as e:
-            raise CheckpointError(f"{where}: not a Jinja template ({e}); take the one of the released model") from None
+            raise CheckpointError(
+                f"{where}: not a Jinja template ({_line(e)}); take the one of the released model"
+            ) from None
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The conversation as text.
@@ -116,11 +118,15 @@ class ChatTemplate:
         try:
             return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
         except _RefusedError as e:
-            raise InputError(f"{self._where}: refuses this conversation: {e}") from None
+            raise InputError(f"{self._where}: refuses this conversation: {_line(e)}") from None
         except jinja2.exceptions.SecurityError as e:
-            raise CheckpointError(f"{self._where}: does what a template must not ({e}); do not trust it") from None
+            raise CheckpointError(
+                f"{self._where}: does what a template must not ({_line(e)}); do not trust it"
+            ) from None
         except Exception as e:  # whatever the template's expressions raise
-            raise CheckpointError(f"{self._where}: fails with {type(e).__name__}: {e}; take the released one") from None
+            raise CheckpointError(
+                f"{self._where}: fails with {type(e).__name__}: {_line(e)}; take the released one"
+            ) from None
 
 
 def load_chat_template(folder: str | Path) -> ChatTemplate:
@@ -141,7 +147,7 @@ def load_chat_template(folder: str | Path) -> ChatTemplate:
             continue
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise CheckpointError(f"{path}: not readable as JSON ({e}); re-download the checkpoint") from None
         declared = found = value.get("chat_template") if isinstance(value, dict) else None
         if isinstance(declared, list):  # several by name
@@ -340,7 +346,7 @@ def _parse_item(item: Any, where: str) -> str | VisionInput:
         raise InputError(f"{where}: {sources[0]} is None, expected a path, URL, bytes, picture or array")
     if sources[0] == "base64":
         source = _data_url(source, where)
-    unknown = sorted(set(item) - {"type", sources[0], *_OPTIONS})
+    unknown = sorted(set(item) - {"type", sources[0], *_OPTIONS}, key=str)  # whatever a dict may have for keys
     if unknown:
         raise InputError(f"{where}: unknown settings {unknown}, expected some of {', '.join(_OPTIONS)}")
     return VisionInput(kind, source, {k: item[k] for k in _OPTIONS if item.get(k) is not None})
@@ -363,6 +369,11 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
         # Jinja would print nothing and go on; a template that reaches for internals is not to be run at all.
         raise jinja2.exceptions.SecurityError(f"reaches for {attribute!r} of a {type(obj).__name__}")
+
+
+def _line(error: Exception) -> str:
+    """What a template says may have several."""
+    return " ".join(str(error).split())[:300]
 
 
 class _RefusedError(jinja2.TemplateError):

@@ -114,7 +114,7 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         declared = config.get("added_tokens_decoder")
         if not isinstance(declared, dict) or not all(
-            i.isdigit() and isinstance(token, dict) and isinstance(token.get("content"), str)
+            re.fullmatch("[0-9]{1,10}", i) and isinstance(token, dict) and isinstance(token.get("content"), str)
             for i, token in declared.items()
         ):
             raise CheckpointError(
@@ -278,7 +278,7 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:  # ValueError: also of a number of thousands of digits
         raise CheckpointError(f"{path}: not readable as JSON ({e}); re-download the checkpoint") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from edgevl.runtime.errors import CapacityError, InputError
+from edgevl.runtime.image_loading import MAX_DECODED_PIXELS
 from edgevl.runtime.image_processing import ImageProcessorConfig, VisionGrid
 from edgevl.runtime.picture_size import explicit_size, smart_resize
 from edgevl.runtime.results import VideoInfo
@@ -34,6 +35,15 @@ FRAME_FACTOR = 2  # frames come in pairs: temporal_patch_size
 MIN_TOKENS, MAX_TOKENS = 128, 768  # of a pair of frames
 TOTAL_TOKENS = 128000 * 0.9  # of a video, in tokens of the merged grid
 LEAST_TOKENS = 32  # of a pair: where the cache is small, pictures shrink to this before frames are dropped
+_MOST = 1e15  # of an option; beyond it is a mistake
+# Options that may be 0 or less, or have narrower limits: lower rates make times without end, more pixels no frame.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "video_start": (-_MOST, _MOST),
+    "video_end": (-_MOST, _MOST),
+    "min_frames": (0, _MOST),
+    "sample_fps": (1e-6, 1e6),
+    "min_pixels": (1, MAX_DECODED_PIXELS),
+}
 _SAMPLING = ("fps", "nframes", "min_frames", "max_frames")
 
 
@@ -72,10 +82,13 @@ class VideoOptions:
         if unknown:
             raise InputError(f"video options {unknown} are not supported; expected {', '.join(names)}")
         for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise InputError(f"{name} is {value!r}, expected a number")
-            if value <= 0 and name not in ("video_start", "video_end", "min_frames"):
+            least, most = _RANGES.get(name, (0, _MOST))
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MOST <= value <= _MOST:
+                raise InputError(f"{name} is {value!r:.60}, expected a number of at most {_MOST:.0e}")
+            if value <= 0 and name not in _RANGES:
                 raise InputError(f"{name} is {value!r}, expected a number above 0")
+            if not least <= value <= most:
+                raise InputError(f"{name} is {value!r}, expected a number of {least:g} to {most:g}")
         if "fps" in given and "nframes" in given:
             raise InputError("both fps and nframes are given; expected one of them")
         if ("resized_height" in given) != ("resized_width" in given):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import warnings
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Generator, Iterator, Sequence
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgevl.runtime.errors import EngineError, InputError
-from edgevl.runtime.image_loading import load_image, local_path, url_bytes
+from edgevl.runtime.image_loading import check_pixels, load_image, local_path, quiet, read_pipe, too_large, url_bytes
 
 __all__ = ["PICTURE_SUFFIXES", "VideoSource", "import_av", "list_pictures", "open_video", "to_picture"]
 
@@ -106,18 +105,21 @@ def open_video(source: Any, sample_fps: float = DEFAULT_FPS) -> VideoSource:
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _open_file(io.BytesIO(url_bytes(source)), name)
     path = local_path(source) if isinstance(source, str) else Path(source)
-    if path.is_dir():
-        return _Pictures(list_pictures(path), f"folder {name}", sample_fps)
     try:
+        if path.is_dir():
+            return _Pictures(list_pictures(path), f"folder {name}", sample_fps)
         with path.open("rb") as file:
-            if not file.read(1):
+            piped = None if file.seekable() else read_pipe(file, name)  # which gives its bytes once
+            if not (piped or file).read(1):
                 raise InputError(f"{name}: the file is empty; expected a video")
+            if piped is not None:
+                return _open_file(piped, name)
     except FileNotFoundError:
         raise InputError(f"{name}: not found; check the path of the video") from None
     except PermissionError:
         raise InputError(f"{name}: Permission denied; make the file readable for this user") from None
     except (OSError, ValueError) as e:
-        raise InputError(f"{name}: cannot be read ({e}); check the path of the video") from None
+        raise InputError(f"{name}: cannot be read ({_reason(e)}); check the path of the video") from None
     return _open_file(path, name)
 
 
@@ -128,6 +130,8 @@ def list_pictures(folder: Path) -> list[Path]:
         found = [p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES and not p.name.startswith(".")]
     except PermissionError:
         raise InputError(f"{str(folder)!r}: Permission denied; make the folder readable for this user") from None
+    except OSError as e:
+        raise InputError(f"{str(folder)!r}: cannot be read ({_reason(e)}); check the path of the folder") from None
     return sorted(found, key=lambda p: [(int(n) if n else 0, s) for n, s in re.findall(r"(\d*)(\D*)", p.name)])
 
 
@@ -149,7 +153,7 @@ def import_av() -> ModuleType:
 
 
 def _open_file(target: Path | io.BytesIO, name: str) -> VideoSource:
-    image = _sniff(target)
+    image = _sniff(target, name)
     if image is not None and (image.format not in _ANIMATIONS or getattr(image, "n_frames", 1) < 2):
         image.close()
         raise InputError(f"{name}: is a {image.format} picture, not a video; pass it as a picture (--image)")
@@ -158,13 +162,15 @@ def _open_file(target: Path | io.BytesIO, name: str) -> VideoSource:
     return _File(import_av(), target, name)
 
 
-def _sniff(target: Path | io.BytesIO) -> Image.Image | None:
+def _sniff(target: Path | io.BytesIO, name: str) -> Image.Image | None:
     """The file as a Pillow image where it is one; looks at the header only."""
     Image.init()
     formats = [f for f in (*_ANIMATIONS, *_STILLS) if f in Image.OPEN]
-    with warnings.catch_warnings(), suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        warnings.simplefilter("ignore")
-        return Image.open(target, formats=formats)
+    try:
+        with quiet(), suppress(OSError, ValueError, SyntaxError):
+            return Image.open(target, formats=formats)
+    except Image.DecompressionBombError:  # not for another reader to try
+        raise too_large(name, "too many") from None
     if isinstance(target, io.BytesIO):
         target.seek(0)
     return None
@@ -206,11 +212,13 @@ class _Animation(VideoSource):
     def __init__(self, image: Image.Image, name: str) -> None:
         super().__init__(name)
         self._image, self.size = image, image.size
+        check_pixels(name, *image.size)
         count, starts, clock = getattr(image, "n_frames", 1), [], 0.0
         for index in range(count):
             try:
-                image.seek(index)
-                image.load()
+                with quiet():
+                    image.seek(index)
+                    image.load()
             except Exception as e:  # Pillow's readers raise many types on damaged data
                 if not starts:
                     raise InputError(f"{name}: damaged or truncated ({e}); copy it again") from None
@@ -267,6 +275,7 @@ class _File(VideoSource):
             stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise _no_decoder(self.name)
+            check_pixels(self.name, stream.codec_context.width, stream.codec_context.height)
             stream.thread_type = "AUTO"
             yield container, stream
         finally:

@@ -28,7 +28,7 @@ def test_others_read_what_we_write(tmp_path: Path, name: str, vision: str, layer
     assert sum(hasattr(m, "quantization_scheme") for m in theirs.modules()) == layers
     total, plain = DivergenceSum(), original()
     for sample in held_out:
-        wanted = torch.from_numpy(~sample.visual)
+        wanted = torch.from_numpy(sample.measured)
         total.add(*(logits_of(m, sample)[wanted] for m in (plain, theirs)))
     assert report.divergence is not None and report.divergence.tokens == total.result().tokens
     # Their int8 per token spans -128 .. 127 of another step than our kernel's, so single codes differ: over three

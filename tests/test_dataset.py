@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import errno
+import gc
 import json
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +17,7 @@ from conftest import Pair
 from PIL import Image
 
 from edgevl.calibration.dataset import PROMPTS, SampleSource, read_conversations
-from edgevl.runtime.errors import InputError
+from edgevl.runtime.errors import CheckpointError, InputError
 
 
 def paint(path: Path, width: int, height: int, seed: int = 0) -> Path:
@@ -96,6 +102,131 @@ def test_max_pixels(tiny: Pair, pictures: Path) -> None:
     messages = read_conversations(pictures)[2]
     small = SampleSource(tiny.checkpoint, max_pixels=56 * 56).sample(messages)
     assert small.visual.sum() < SampleSource(tiny.checkpoint).sample(messages).visual.sum()
+
+
+@pytest.fixture
+def released(tiny: Pair, tmp_path: Path) -> Path:
+    """The tiny checkpoint's files with the released model's limit of a picture."""
+    folder = tmp_path / "released"
+    shutil.copytree(tiny.checkpoint, folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_pixels": 12_845_056}))
+    return folder
+
+
+def test_photographs_are_shrunk_to_fit_and_told_of_once(released: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(3):
+        Image.new("RGB", (2400, 1800), (40 * i, 90, 120)).save(photos / f"{i}.jpg")
+    paint(photos / "small.png", 84, 56)
+    told, skipped = [], []
+    source = SampleSource(released, skipped=skipped.append, notice=told.append)
+    conversations = read_conversations(photos)
+    small = source.sample(conversations[3])
+    assert small.visual.sum() == 6 and not told, "nothing is said where nothing is shrunk"
+    samples = source.samples(conversations, 4)
+    assert len(samples) == 4 and not skipped
+    large = [s for s in samples if len(s.ids) > 500]
+    assert all(1650 < s.visual.sum() <= 1792 and len(s.ids) <= 2048 for s in large) and len(large) == 3
+    assert len(told) == 1 and "--max-pixels" in told[0] and "1,404,928" in told[0] and "12,845,056" in told[0]
+    # several share the tokens
+    pair = [{"type": "image", "image": photos / f"{i}.jpg"} for i in (0, 1)]
+    both = source.sample([{"role": "user", "content": [*pair, {"type": "text", "text": "Compare."}]}])
+    assert 1600 < both.visual.sum() <= 1792
+    # what somebody asked for is left alone, and may not fit
+    own = SampleSource(released, max_pixels=12_845_056, skipped=skipped.append, notice=told.append)
+    with pytest.raises(InputError, match="1 of 4 conversations can be used"):
+        own.samples(conversations, 4)
+    assert len(skipped) == 3 and len(told) == 1 and all("pass a smaller --max-pixels" in s for s in skipped)
+    item = {"type": "image", "image": photos / "0.jpg", "max_pixels": 12_845_056}
+    assert source.sample([{"role": "user", "content": [item]}]).visual.sum() > 5000
+
+
+def test_pixels_on_the_disk_are_those_in_memory(
+    tiny: Pair, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped from a file that nobody sees, also after its pictures are gone."""
+    conversations = [*read_conversations(pictures), [{"role": "user", "content": "Only words."}]]
+    several = [c[0]["content"][0] for c in conversations[:2]]
+    conversations.append([{"role": "user", "content": several}])
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    memory = SampleSource(tiny.checkpoint).samples(conversations, 7)
+    disk = SampleSource(tiny.checkpoint, scratch=scratch).samples(conversations, 7)
+    shutil.rmtree(pictures)
+    gc.collect()
+    assert len(memory) == len(disk) == 7 and not list(scratch.iterdir())
+    for a, b in zip(memory, disk):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        assert [p.grid for p in a.vision] == [p.grid for p in b.vision]
+        for ours, theirs in zip(a.vision, b.vision, strict=True):
+            assert isinstance(theirs.pixel_values, np.memmap) and not theirs.pixel_values.flags.writeable
+            np.testing.assert_array_equal(ours.pixel_values, theirs.pixel_values)
+    words = SampleSource(tiny.checkpoint, scratch=scratch).samples([conversations[-2]], 1)
+    assert not words[0].vision
+
+    class Full:
+        def write(self, _: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    content = [{"type": "image", "image": Image.new("RGB", (84, 56))}]
+    with pytest.raises(CheckpointError, match=r"scratch: the disk is full; .* or pass a smaller --max-pixels"):
+        SampleSource(tiny.checkpoint, scratch=scratch).samples([[{"role": "user", "content": content}]], 1)
+
+
+def test_measured_positions(tiny: Pair, pictures: Path) -> None:
+    """Words behind the first picture's first token: nothing of the template before it, and no picture's token."""
+    source = SampleSource(tiny.checkpoint)
+    several = [c[0]["content"][0] for c in read_conversations(pictures)[:2]]
+    content = [several[0], {"type": "text", "text": "and"}, several[1], {"type": "text", "text": "Which?"}]
+    sample = source.sample([{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}])
+    pad = source.config.tokens.image_token_id
+    ids = sample.ids.tolist()
+    expected = [i > ids.index(pad) and token != pad for i, token in enumerate(ids)]
+    assert sample.measured.tolist() == expected and 0 < sum(expected) < sum(t != pad for t in ids)
+    words = source.sample([{"role": "user", "content": "Only words."}])
+    assert words.measured.all() and words.measured.dtype == bool
+
+
+def test_separators_of_unicode_stand_inside_a_text(tmp_path: Path) -> None:
+    """Only a newline ends a line, and a byte order mark is no part of the first one."""
+    texts = ["one\u2028two", "a\x85b\u2029c", "plain"]
+    lines = [json.dumps([{"role": "user", "content": t}], ensure_ascii=False) for t in texts]
+    for name, mark, end in (("x", b"", "\n"), ("bom", b"\xef\xbb\xbf", "\n"), ("dos", b"\xef\xbb\xbf", "\r\n")):
+        (tmp_path / f"{name}.jsonl").write_bytes(mark + end.join(lines).encode() + end.encode())
+        found = read_conversations(tmp_path / f"{name}.jsonl")
+        assert [c[0]["content"] for c in found] == texts, name
+
+
+def test_every_way_to_name_a_file_is_relative_to_the_jsonl(
+    tiny: Pair, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = "data:image/png;base64," + base64.b64encode((pictures / "0.png").read_bytes()).decode()
+    items = [
+        {"type": "image", "image": "0.png"},
+        {"type": "image", "url": "0.png"},
+        {"type": "image", "path": "0.png"},
+        {"type": "image_url", "image_url": "0.png"},
+        {"type": "image_url", "image_url": {"url": "0.png"}},
+        {"type": "image_url", "image_url": {"url": data}},
+        {"type": "image", "url": data.replace("data:", "DATA:")},
+        {"type": "image", "image": (pictures / "0.png").as_uri()},
+        {"type": "image", "base64": data.partition(",")[2]},
+    ]
+    lines = [json.dumps([{"role": "user", "content": [item]}]) for item in items]
+    (pictures / "talk.jsonl").write_text("\n".join(lines))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    skipped: list[str] = []
+    source = SampleSource(tiny.checkpoint, skipped=skipped.append)
+    samples = source.samples(read_conversations(Path("..") / "pictures" / "talk.jsonl"), len(items))
+    assert not skipped and len(samples) == len(items)
+    for sample in samples:
+        np.testing.assert_array_equal(sample.vision[0].pixel_values, samples[0].vision[0].pixel_values)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from conftest import Pair
 from PIL import Image
 
-from edgevl.benchmarks import smollm2
+from edgevl.benchmarks import language_model, smollm2
 from edgevl.benchmarks.divergence import answer_logits, conversation_logits, divergence
 from edgevl.benchmarks.language_model import calibration_texts, held_out_texts
 from edgevl.calibration.dataset import SampleSource
@@ -66,6 +67,30 @@ def test_texts_are_apart() -> None:
     for conversation in others:
         assert conversation[1]["content"] not in texts and conversation[0]["content"] not in texts
         assert 300 <= len(conversation[1]["content"]) <= 700
+
+
+def test_checkpoints_are_kept_by_what_they_were_calibrated_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once for the same texts, anew for others: another number of them, or another Python's."""
+    made: list[Path] = []
+
+    def command(name: str, _: object, flag: str, output: Path, *options: object) -> None:
+        assert flag == "-o"
+        if name == "quantize":
+            made.append(output)
+            assert options[options.index("--samples") + 1] == samples
+            output.mkdir()
+        else:
+            output.mkdir(exist_ok=True)
+            (output / "decoder.onnx.data").write_bytes(b"0")
+
+    monkeypatch.setattr(language_model, "_edgevl", command)
+    monkeypatch.setattr(language_model, "conversation_logits", lambda *_: iter([]))
+    monkeypatch.setattr(language_model, "divergence", lambda *_: None)
+    for text, samples, times in (("a", 8, 1), ("a", 8, 1), ("a", 9, 2), ("b", 9, 3), ("a", 8, 3)):
+        (tmp_path / "calibration.jsonl").write_text(text)
+        language_model._measure("gptq-int4", tmp_path, [], [], samples)
+        assert len(made) == times, (text, samples)
+    assert len(set(made)) == 3 and "gptq-int4" in made[0].name
 
 
 def test_rotary_pairs_become_halves() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from quantized import CASES, GROUP32, Recipe, Written, all_by, gptq_config, gptq_tensors, write
 from transformers import Qwen2VLForConditionalGeneration
 
-from edgevl.calibration import fidelity, report, sensitivity
+from edgevl.calibration import fidelity, fidelity_command, report, sensitivity
 from edgevl.calibration.comparison import Comparison, compare
 from edgevl.calibration.dataset import Sample, SampleSource
 from edgevl.calibration.dequantized import FloatCheckpoint
@@ -93,8 +93,15 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     return of
 
 
+def words(sample: Sample) -> np.ndarray:
+    """bool [S]: no picture's token, and none before the first of them."""
+    visual = sample.visual.tolist()
+    first = visual.index(True) if True in visual else 0
+    return np.array([i >= first and not v for i, v in enumerate(visual)])
+
+
 def logits(model: Qwen2VLForConditionalGeneration, sample: Sample) -> torch.Tensor:
-    """Of the positions whose next token is text."""
+    """Of the words from the first picture on."""
     inputs = {}
     if sample.vision:
         inputs["pixel_values"] = torch.from_numpy(np.concatenate([p.pixel_values for p in sample.vision]))
@@ -102,7 +109,7 @@ def logits(model: Qwen2VLForConditionalGeneration, sample: Sample) -> torch.Tens
     ids, positions = torch.from_numpy(sample.ids)[None], torch.from_numpy(sample.positions)[:, None]
     with torch.no_grad():
         out = model(input_ids=ids, position_ids=positions, use_cache=False, **inputs).logits[0]
-    return out[torch.from_numpy(~sample.visual)]
+    return out[torch.from_numpy(words(sample))]
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> np.ndarray:
@@ -140,7 +147,7 @@ def test_the_divergence_is_that_of_transformers(make: Callable[[str], Made], cas
     models = made.model([]), made.model(None)
     for sample, divergence in zip(made.samples, found.conversations, strict=True):
         pair = [logits(m, sample) for m in models]
-        assert divergence.tokens == int((~sample.visual).sum()) == len(pair[0])
+        assert divergence.tokens == int(words(sample).sum()) == len(pair[0])
         assert divergence.kl == pytest.approx(kl(*pair).mean(), rel=2e-3, abs=1e-8)
         same = float((pair[0].argmax(-1) == pair[1].argmax(-1)).double().mean())
         assert divergence.top1 == pytest.approx(same, abs=1.5 / len(pair[0]))
@@ -355,9 +362,8 @@ def test_the_bootstrap_is_the_slow_one() -> None:
     low, high = bootstrap(values, weights)
     assert low == pytest.approx(np.quantile(means, 0.025)) and high == pytest.approx(np.quantile(means, 0.975))
     assert bootstrap(values, weights) == (low, high)
-    assert bootstrap([0.3]) == (0.3, 0.3)
-    for bad in (([], None), ([1.0], [1.0, 2.0])):
-        with pytest.raises(ValueError, match="expected at least one and as many"):
+    for bad in (([], None), ([1.0], [1.0, 2.0]), ([0.3], None), ([0.3, 0.4], [1.0])):
+        with pytest.raises(ValueError, match="expected at least two and as many"):
             bootstrap(*bad)
 
 
@@ -427,7 +433,7 @@ def test_the_document_is_as_described(make: Callable[[str], Made], tmp_path: Pat
     report.write_report(tmp_path / "g.json", again)
     assert (tmp_path / "f.json").read_bytes() == (tmp_path / "g.json").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.json", "g.json"]
-    for change, message in (({"version": 2}, "version 2 of the report"), ({"schema": "x"}, "no fidelity report")):
+    for change, message in (({"version": 3}, "version 3 of the report"), ({"schema": "x"}, "no fidelity report")):
         (tmp_path / "bad.json").write_text(json.dumps({**data, **change}))
         with pytest.raises(InputError, match=message):
             report.read_report(tmp_path / "bad.json")
@@ -467,6 +473,38 @@ def test_the_command_on_anyones_checkpoint(
     assert set(re.findall(r'href="(#|data:|.{12})', html)) == {"#", "data:"}, "nothing from elsewhere"
     assert "Sensitivity of layers over one input" in html and "does not hold" in html
     assert data["divergence"]["tokens"] > 0 and len(data["divergence"]["conversations"]) == 6
+
+
+def test_one_conversation_has_no_interval(
+    make: Callable[[str], Made], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = make("gptq int4, 2B")
+    spoken = save_conversations(tmp_path / "c", 4)
+    page, document = tmp_path / "r.html", tmp_path / "f.json"
+    arguments = ["fidelity", str(made.original), str(made.written.folder), "--images", str(spoken), "--samples", "1"]
+    assert cli.run([*arguments, "--report", str(page), "--json", str(document), "--max-kl", "0"]) == 1
+    out, err = capfd.readouterr()
+    assert "tokens of one conversation, too few for an interval" in out and "95 %" not in out
+    assert "at most 0 was asked (of one conversation, so without an interval)" in err
+    data = report.read_report(document)
+    assert data["divergence"]["kl_interval"] is None and data["divergence"]["top1_interval"] is None
+    assert page.read_text().count("of one conversation") == 3, "two tiles and the gate"
+
+
+def test_which_tasks_are_scored(capfd: pytest.CaptureFixture[str]) -> None:
+    """A task is enough to say that scores are wanted, and named twice it is one."""
+    options = {"min_score": (), "max_kl": None, "report": None, "sensitivity": (), "tasks": None, "task": ()}
+    assert fidelity_command.wanted(options).cases == 0
+    asked = fidelity_command.wanted({**options, "task": ("count", "where", "count")})
+    assert asked.tasks == ("count", "where") and asked.cases == 100
+    assert fidelity_command.wanted({**options, "task": ("count",), "tasks": 7}).cases == 7
+    with pytest.raises(InputError, match="task 'cuont' is unknown"):
+        fidelity_command.wanted({**options, "task": ("cuont",)})
+
+
+def test_earlier_reports_are_read(tmp_path: Path) -> None:
+    (tmp_path / "f.json").write_text(json.dumps({"schema": "edgevl.fidelity", "version": 1}))
+    assert report.read_report(tmp_path / "f.json")["version"] == 1
 
 
 def test_bad_input(

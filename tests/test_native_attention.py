@@ -174,6 +174,7 @@ def test_no_tokens_are_no_outputs(library: Path) -> None:
     ("changes", "message"),
     [
         ({"last": np.array([64], np.int32)}, "the new tokens are not within the cache"),
+        ({"last": np.array([2**31 - 1], np.int32)}, "the new tokens are not within the cache"),
         ({"last": np.array([0], np.int32)}, "the new tokens are not within the cache"),
         ({"last": np.array([-1], np.int32)}, "the new tokens are not within the cache"),
         ({"last": np.array([5, 6], np.int32)}, "expected a length of every row"),

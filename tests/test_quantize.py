@@ -107,7 +107,7 @@ def test_the_reported_divergence_is_transformers(tmp_path: Path, held_out: list[
         positions = torch.from_numpy(sample.positions)[:, None]
         with torch.no_grad():
             logits = [m(input_ids=ids, position_ids=positions, use_cache=False, **inputs).logits[0] for m in models]
-        total.add(*(x[torch.from_numpy(~sample.visual)] for x in logits))
+        total.add(*(x[torch.from_numpy(sample.measured)] for x in logits))
     expected = total.result()
     assert report.divergence is not None and report.divergence.tokens == expected.tokens
     assert report.divergence.kl == pytest.approx(expected.kl, rel=1e-3)

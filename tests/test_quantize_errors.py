@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,8 +16,9 @@ from checkpoints import random_model, save_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from edgevl.calibration import driver, layer_methods
+from edgevl.calibration import commands, driver, layer_methods, report
 from edgevl.calibration.driver import quantize_checkpoint
+from edgevl.calibration.fidelity import Divergence
 from edgevl.calibration.recipes import recipe
 from edgevl.runtime import cli
 
@@ -101,7 +103,7 @@ def test_pictures_that_do_not_decode_are_listed_and_left_out(
         "cut.png",
         "text.png",
     ]
-    assert "5 conversations to calibrate on, 1 held out, 2 skipped" in err
+    assert "4 conversations to calibrate on, 2 held out, 2 skipped" in err
 
 
 def test_an_output_that_is_there_is_left_alone(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -164,3 +166,139 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(
     assert cli.run(again) == 0
     for path in (tmp_path / "once").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "q" / path.name).read_bytes()
+
+
+# ---------------------------------------------------------------------- going on
+
+
+def interrupted(source: Path, target: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments of a run that was stopped after its layers."""
+    given = ["quantize", str(source), "-o", str(target), *(o.format(place=place) for o in GPTQ)]
+
+    def stopped(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "write_rest", stopped)
+        assert cli.run(given) == 2
+    return given
+
+
+def test_a_run_goes_on_only_with_the_same_weights_and_config(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same names, sizes and times: other bytes are found, touched files are the same."""
+    source = tmp_path / "c"
+    shutil.copytree(place / "plain", source)
+    weights, config = source / "model.safetensors", source / "config.json"
+    save_file(load_file(weights), weights, {"format": "pt"})
+    given = interrupted(source, tmp_path / "q", place, monkeypatch)
+    before, times = weights.read_bytes(), weights.stat()
+    for name in ("model.layers.1.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight"):
+        tensors = load_file(weights)
+        found = next(k for k in tensors if k.endswith(name.removeprefix("model.")))
+        tensors[found] *= 1.01
+        save_file(tensors, weights, {"format": "pt"})
+        os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert weights.stat().st_size == times.st_size
+        capfd.readouterr()
+        line = failed(capfd, [*given, "--resume"])
+        assert ".q.partial: was begun with other weights; run without --resume to start over" in line
+        weights.write_bytes(before)
+    said = config.read_text()
+    changed = json.loads(said)
+    changed["text_config"]["rms_norm_eps"] *= 2
+    config.write_text(json.dumps(changed))
+    assert "was begun with other config; run without --resume" in failed(capfd, [*given, "--resume"])
+    config.write_text(said)
+    line = failed(capfd, [*given, "--held-out", "3", "--resume"])
+    assert "was begun with other samples, held-out samples; run without" in line
+    (tmp_path / ".q.partial" / "state.json").rename(tmp_path / "state.json")
+    (tmp_path / ".q.partial" / "state.json").write_text("{")
+    assert "state.json: cannot be read" in failed(capfd, [*given, "--resume"])
+    (tmp_path / "state.json").replace(tmp_path / ".q.partial" / "state.json")
+    os.utime(weights)
+    assert cli.run([*given, "--resume"]) == 0
+
+
+def test_something_that_comes_to_lie_at_the_output(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty folder is not replaced, a full one costs nothing: the same command with --resume ends as it should."""
+    real, target = driver.write_rest, tmp_path / "q"
+
+    def meanwhile(*given: Any) -> None:
+        target.mkdir()
+        real(*given)
+
+    given = ["quantize", str(place / "plain"), "-o", str(target), *(o.format(place=place) for o in GPTQ)]
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "write_rest", meanwhile)
+        line = failed(capfd, given)
+    assert "was made by something else in the meantime; the result waits in" in line and "--resume" in line
+    assert not list(target.iterdir()) and (tmp_path / ".q.partial" / "state.json").exists()
+    target.rmdir()
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the layers are done")
+
+    monkeypatch.setattr(driver, "quantize_layer", never)
+    assert cli.run([*given, "--resume"]) == 0
+    assert not [p.name for p in target.iterdir() if p.suffix == ".npy" or p.name == "state.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
+def test_something_that_comes_to_lie_at_the_output_of_a_search(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, target = commands.write_report, tmp_path / "q"
+
+    def meanwhile(*given: Any) -> None:
+        target.mkdir()
+        real(*given)
+
+    given = ["quantize", str(place / "plain"), "-o", str(target), *(o.format(place=place) for o in GPTQ)]
+    given += ["--auto", "--max-kl", "1000"]
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "write_report", meanwhile)
+        assert "was made by something else in the meantime; the result waits in" in failed(capfd, given)
+    assert not list(target.iterdir())
+    target.rmdir()
+    assert cli.run([*given, "--resume"]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["q"] and (target / "model.safetensors.index.json").exists()
+
+
+def test_a_divergence_that_is_no_number_is_never_small_enough(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = Divergence(float("nan"), 0.0, 10)
+    monkeypatch.setattr(driver, "_divergence", lambda _: nowhere)
+    given = ["quantize", str(place / "plain"), "-o", str(tmp_path / "q"), *(o.format(place=place) for o in GPTQ)]
+    line = failed(capfd, [*given, "--max-kl", "1000"], status=1)
+    assert "KL to the original is nan, at most 1000.0 was asked; nothing was written" in line
+    assert list(tmp_path.iterdir()) == []
+    # and of the report's own measurement
+    monkeypatch.undo()
+    monkeypatch.setattr(report, "combined", lambda _: nowhere)
+    pair = ["fidelity", str(place / "plain"), str(place / "quantized"), "--images", str(place / "pictures")]
+    assert cli.run([*pair, "--max-kl", "1000"]) == 1
+    assert "KL is nan, at most 1000 was asked" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("good", "samples", "calibrated", "held"),
+    [(4, 64, 3, 1), (5, 64, 4, 1), (6, 64, 4, 2), (9, 64, 7, 2), (6, 3, 3, 2), (3, 1, 1, 2), (2, 1, 1, 1)],
+)
+def test_how_many_are_held_out(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], good: int, samples: int, calibrated: int, held: int
+) -> None:
+    """Two where enough are left, since one gives no interval."""
+    pictures = tmp_path / "p"
+    pictures.mkdir()
+    for i in range(good):
+        Image.new("RGB", (56, 56), (20 * i, 0, 0)).save(pictures / f"{i}.png")
+    options = ["--images", str(pictures), "--samples", str(samples), "--recipe", "rtn-int4", "--group-size", "32"]
+    assert cli.run(["quantize", str(place / "plain"), "-o", str(tmp_path / "q"), *options]) == 0
+    out, err = capfd.readouterr()
+    assert f"{calibrated} conversations to calibrate on, {held} held out" in err
+    assert ("one conversation, too few for an interval" in out) == (held == 1) and ("(95 % " in out) == (held > 1)

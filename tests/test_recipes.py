@@ -60,4 +60,4 @@ def test_speeds_are_of_the_formats_that_a_recipe_leads_to() -> None:
 
 def test_an_unknown_recipe_is_named() -> None:
     done = CliRunner().invoke(main, [str(DEMO), "--samples", "8", "--cases", "1", "--recipes", "magic"])
-    assert done.exit_code == 1 and "recipe 'magic' is unknown" in done.output and "Traceback" not in done.output
+    assert done.exit_code == 2 and "recipe 'magic' is unknown" in done.output and "Traceback" not in done.output

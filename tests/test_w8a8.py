@@ -299,7 +299,7 @@ def test_scales_are_the_largest_inputs_that_transformers_sees(
     held = demo_samples(3, "test")
     total, plain = DivergenceSum(), original()
     for sample in held:
-        wanted = torch.from_numpy(~sample.visual)
+        wanted = torch.from_numpy(sample.measured)
         total.add(*(logits_of(m, sample)[wanted] for m in (plain, model)))
     assert static.divergence is not None and static.divergence.tokens == total.result().tokens
     assert static.divergence.kl == pytest.approx(total.result().kl, rel=0.05)
@@ -383,14 +383,14 @@ def test_the_graphs_compute_what_numpy_says(static: QuantizeReport, tmp_path: Pa
     feeds: dict[str, list[dict[str, np.ndarray]]] = {"vision": [], "decoder": []}
     with VisionLanguageModel.open(tmp_path / "b", "ort-cpu", threads=1) as model:
         assert model.bundle.precision == "vision int8, decoder int8"
-        run = type(model._vision._graph).run
+        run = type(model.engine.vision).run
 
         def recorded(runner: Any, inputs: dict[str, np.ndarray]) -> Any:
             feeds["vision"].append({k: np.array(v) for k, v in inputs.items()})
             return run(runner, inputs)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(model._vision._graph), "run", recorded)
+            patch.setattr(type(model.engine.vision), "run", recorded)
             embeds = [np.asarray(model._vision.run(p)) for p in sample.vision]
     seen: set[str] = set()
     seen |= check(tmp_path / "b", "vision", feeds["vision"][0], tensors)

@@ -12,11 +12,20 @@ typedef int8_t XCode;
 #define PLACE(column) (column)
 enum { X_ZERO = 128 };
 
-/* int8 codes of `padded` numbers, the largest of which is 127 scales; the scale. */
+/* The larger magnitudes; as whole numbers, among which NaN is the largest and is not passed over. */
+INLINE __m512 larger(__m512 magnitudes, __m512 x) {
+    return _mm512_castsi512_ps(
+        _mm512_max_epi32(_mm512_castps_si512(magnitudes), _mm512_castps_si512(_mm512_abs_ps(x))));
+}
+
+/* int8 codes of `padded` numbers, the largest of which is 127 scales; the scale, NaN where one is NaN or infinite. */
 INLINE float round_head(const float *x, int64_t padded, XCode *codes) {
-    __m512 largest = _mm512_set1_ps(1e-30f);
-    for (int64_t i = 0; i < padded; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-    const float scale = _mm512_reduce_max_ps(largest) / 127;
+    __m512 magnitudes = _mm512_set1_ps(1e-30f);
+    for (int64_t i = 0; i < padded; i += 16) magnitudes = larger(magnitudes, _mm512_loadu_ps(x + i));
+    const int32_t bits = _mm512_reduce_max_epi32(_mm512_castps_si512(magnitudes));
+    float largest;
+    memcpy(&largest, &bits, sizeof largest);
+    const float scale = largest / 127 + (largest - largest);
     const __m512 inverse = _mm512_set1_ps(1 / scale);
     for (int64_t i = 0; i < padded; i += 16)
         _mm_storeu_si128((__m128i *)(codes + i),
@@ -53,9 +62,10 @@ static void prepare_values(const Attention *a, int64_t head) {
             for (int64_t n = 0; n < count; n++) {
                 if (i == 0) fetch_row(a, head, b * KEYS + n + ROWS_AHEAD, 2);
                 const __m512 x = _mm512_maskz_loadu_ps(mask, head_row(a, head, b * KEYS + n, 2) + i);
-                largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
+                largest = larger(largest, x);
             }
-            const __m512 step = _mm512_div_ps(largest, _mm512_set1_ps(127));
+            const __m512 finite = _mm512_sub_ps(largest, largest); /* 0, else NaN */
+            const __m512 step = _mm512_add_ps(_mm512_div_ps(largest, _mm512_set1_ps(127)), finite);
             _mm512_storeu_ps(scale + i, step);
             _mm512_storeu_ps(inverse + i, _mm512_div_ps(_mm512_set1_ps(1), step));
         }

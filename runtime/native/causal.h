@@ -31,7 +31,9 @@ typedef struct {
     int64_t row, group, first, count;
 } QueryBlock;
 
-static inline int64_t first_new(const CausalAttention *a, int64_t row) { return a->last[row] + 1 - a->count; }
+static inline int64_t first_new(const CausalAttention *a, int64_t row) {
+    return (int64_t)a->last[row] + 1 - a->count;
+}
 /* Of one task's partial result: the largest score, the sum of weights, and the weighted sum of values of every row. */
 static inline int64_t partial_size(const CausalAttention *a, int64_t rows) { return rows * (2 + a->dim); }
 

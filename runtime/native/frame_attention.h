@@ -13,9 +13,10 @@
 
 enum { FRAME_ROWS = 4 };
 
-/* int8 codes of numbers the largest of which is 127 scales; the scale. */
+/* int8 codes of numbers the largest of which is 127 scales; the scale, NaN where one is NaN or infinite. */
 INLINE float round_head(const float *x, int64_t padded, XCode *restrict codes) {
-    const float largest = largest_magnitude(x, padded), scale = (largest > TINY ? largest : TINY) / 127;
+    const float largest = largest_magnitude(x, padded);
+    const float scale = (largest > TINY ? largest : TINY) / 127 + (largest - largest);
     const float inverse = 1 / scale;
     for (int64_t i = 0; i < padded; i++) codes[i] = (XCode)(int32_t)__builtin_rintf(x[i] * inverse);
     return scale;
@@ -25,21 +26,27 @@ INLINE float round_head(const float *x, int64_t padded, XCode *restrict codes) {
 
 /* ----------------------------------------------------------------------------------------------------------- values */
 
-/* Of one block of keys: the scales of its channels, [padded dim], and one over them. */
+/* Of one block of keys: the scales of its channels, [padded dim], and one over them. NaN where a number of the channel is
+ * NaN or infinite: magnitudes are compared as whole numbers, as by largest_magnitude. */
 static void scale_values(const Attention *a, int64_t head, int64_t block, int64_t count, float *scales,
                          float *inverses) {
-    float largest[MOST_DIM];
-    for (int64_t i = 0; i < MOST_DIM; i++) largest[i] = TINY;
+    int32_t largest[MOST_DIM];
+    float values[MOST_DIM];
+    for (int64_t i = 0; i < MOST_DIM; i++) values[i] = TINY;
+    memcpy(largest, values, sizeof largest);
     for (int64_t n = 0; n < count; n++) {
         const float *x = head_row(a, head, block * KEYS + n, 2);
         fetch_row(a, head, block * KEYS + n + ROWS_AHEAD, 2);
         for (int64_t i = 0; i < a->dim; i++) {
-            const float magnitude = __builtin_fabsf(x[i]);
+            int32_t magnitude;
+            memcpy(&magnitude, x + i, sizeof magnitude);
+            magnitude &= INT32_MAX;
             largest[i] = magnitude > largest[i] ? magnitude : largest[i];
         }
     }
+    memcpy(values, largest, sizeof values);
     for (int64_t i = 0; i < padded_dim(a); i++) {
-        scales[i] = largest[i] / 127;
+        scales[i] = values[i] / 127 + (values[i] - values[i]);
         inverses[i] = 1 / scales[i];
     }
 }

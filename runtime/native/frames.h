@@ -50,14 +50,15 @@ static int prepare_keys(const Attention *a, int64_t head) {
     const int64_t padded = padded_dim(a), room = padded_length(a);
     uint8_t *keys = a->keys + head * room * padded;
     float *scales = a->key_scales + head * room, *limits = a->key_limits + head * room;
-    float mean[MOST_DIM], row[MOST_DIM];
+    float mean[MOST_DIM], row[MOST_DIM], beyond = 0; /* 0, or NaN where a number of the keys is NaN or infinite */
     float *rotated = aligned_alloc(64, a->length * padded * sizeof(float));
     XCode codes[MOST_DIM];
     if (rotated == NULL) return 0;
     rotate_keys(a, head, rotated, mean);
+    for (int64_t i = 0; i < padded; i++) beyond += mean[i] - mean[i];
     memset(keys, X_ZERO, room * padded);
     for (int64_t n = 0; n < room; n++) {
-        scales[n] = 0, limits[n] = n < a->length ? 0 : UNSEEN;
+        scales[n] = 0, limits[n] = (n < a->length ? 0 : UNSEEN) + beyond;
         if (n >= a->length) continue;
         for (int64_t i = 0; i < padded; i++) row[i] = rotated[n * padded + i] - mean[i];
         scales[n] = round_head(row, padded, codes);

@@ -13,18 +13,22 @@ enum {
     MOST_ROWS = 384,  /* rows of x that stay in the second-level cache */
 };
 
-/* The scale of a row and the code of 0: 127 scales are its largest magnitude, or 255 its range, 0 in it. */
+/* The scale of a row and the code of 0: 127 scales are its largest magnitude, or 255 its range, 0 in it. NaN where a
+ * number is NaN or infinite, so that its products are. */
 INLINE float row_scale(const float *row, int64_t columns, int affine, int32_t *zero) {
     __m512 low = _mm512_setzero_ps(), high = low;
+    __mmask16 none = 0; /* that are no numbers, which the extremes would pass over */
     for (int64_t k = 0; k < columns; k += 16) {
         const __m512 x = _mm512_maskz_loadu_ps(first_of_16(columns - k), row + k);
         low = _mm512_min_ps(low, x);
         high = _mm512_max_ps(high, x);
+        none |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     }
     const float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
     const float scale = affine ? (most - least) / 255 : (most > -least ? most : -least) / 127;
-    *zero = affine && scale > TINY ? (int32_t)lrintf(-least / scale) : 128;
-    return scale > TINY ? scale : TINY;
+    const int finite = none == 0 && scale < INFINITY;
+    *zero = affine && finite && scale > TINY ? (int32_t)lrintf(-least / scale) : 128;
+    return !finite ? NAN : scale > TINY ? scale : TINY;
 }
 
 static void round_rows(const Int8Weight *w, const float *x, const Int8Rows *to, int64_t first, int64_t last) {

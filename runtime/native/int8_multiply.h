@@ -27,13 +27,13 @@ enum {
 
 /* ------------------------------------------------------------------------------------------------ rounding rows of x */
 
-/* The scale of a row and the code of 0: 127 scales are its largest magnitude, or all codes its range, 0 in it. */
+/* The scale of a row and the code of 0: 127 scales are its largest magnitude, or all codes its range, 0 in it. NaN where
+ * a number is NaN or infinite, so that its products are. */
 INLINE float int8_scale(const float *row, int64_t columns, int affine, int32_t *zero) {
+    const float largest = largest_magnitude(row, columns);
     *zero = X_ZERO;
-    if (!affine) {
-        const float scale = largest_magnitude(row, columns) / 127;
-        return scale > TINY ? scale : TINY;
-    }
+    if (!(largest < INFINITY)) return NAN;
+    if (!affine) return largest / 127 > TINY ? largest / 127 : TINY;
     Floats low = splat(0), high = low;
     float ends[2][LANES], least = 0, most = 0;
     int64_t k = 0;
@@ -53,6 +53,7 @@ INLINE float int8_scale(const float *row, int64_t columns, int affine, int32_t *
     }
     const float scale = (most - least) / (X_MOST - X_LEAST);
     if (scale <= TINY) return TINY;
+    if (!(scale < INFINITY)) return NAN;
     *zero = X_LEAST + (int32_t)lrintf(-least / scale);
     return scale;
 }

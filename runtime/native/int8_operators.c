@@ -11,6 +11,8 @@ enum {
     NORM = 6, INPUTS = 9,
     TASK_OUTPUTS = 32,   /* a multiple of a tile's */
     ROWS_AT_A_TIME = 16, /* to round */
+    MOST_OUTPUTS = 1 << 30,
+    MOST_COLUMNS = 1 << 16, /* 255 × 128 times as many are less than 2^31 */
     PART_LENGTH = 1024,  /* patches of a frame for each of which its attention has a pause: work goes by their square */
 };
 
@@ -31,7 +33,8 @@ typedef struct {
     const Kernels *norms; /* which normalise */
     Int8Weight weight; /* its codes and sums are ours, scales and bias the graph's, set for every call */
     int64_t quick_gelu, affine;
-    int checked; /* the sizes of scales and bias, which do not change from call to call */
+    uint32_t constants; /* bits of its inputs */
+    int checked;        /* the sizes of scales, bias and norms, which no later call can change */
 } Product;
 
 typedef struct {
@@ -64,10 +67,11 @@ static void multiply_task(void *data, size_t i) {
 
 static Status *check_sizes(Product *node, const KernelContext *context) {
     const char *const mismatch = "edgevl.MatMulInt8: scales or bias has not N numbers";
-    CHECK(check_size(node->api, context, 2, node->weight.rows, mismatch));
-    CHECK(check_size(node->api, context, 3, node->weight.rows, mismatch));
-    CHECK(check_norm(node->api, context, NORM, node->weight.columns));
-    node->checked = 1;
+    int checked = 1;
+    for (size_t input = 2; input <= 3; input++)
+        CHECK(check_once(node->api, context, input, node->weight.rows, mismatch, node->constants, &checked));
+    CHECK(check_norm(node->api, context, NORM, node->weight.columns, node->constants, &checked));
+    __atomic_store_n(&node->checked, checked, __ATOMIC_RELAXED);
     return NULL;
 }
 
@@ -78,7 +82,7 @@ static Status *multiply(void *kernel, KernelContext *context) {
     Int8Weight *w = &call.weight;
     int64_t rows = 0;
     CHECK(pause_pass(api));
-    if (!node->checked) CHECK(check_sizes(node, context));
+    if (!__atomic_load_n(&node->checked, __ATOMIC_RELAXED)) CHECK(check_sizes(node, context));
     CHECK(input_data(api, context, 0, &call.x));
     CHECK(input_data(api, context, 2, &w->scales));
     CHECK(input_data(api, context, 3, &w->bias));
@@ -134,6 +138,11 @@ static Status *pack(Api api, const KernelInfo *info, const Int8Kernels *kernels,
     return NULL;
 }
 
+static void release(const Int8Weight *w) {
+    free_weight_memory((void *)w->codes);
+    free((void *)w->sums);
+}
+
 static Status *create_product(const CustomOp *op, Api api, const KernelInfo *info, void **kernel) {
     (void)op;
     Product node = {.api = api, .kernels = usable_int8_kernels(), .norms = usable_kernels()};
@@ -144,16 +153,19 @@ static Status *create_product(const CustomOp *op, Api api, const KernelInfo *inf
     w->quick_gelu = node.quick_gelu != 0, w->affine = node.affine != 0;
     if (node.kernels == NULL)
         return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulInt8: this processor has no instructions that it knows");
-    if (w->rows < 1 || w->columns < 1)
-        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulInt8: expected N and K of at least 1");
+    if (w->rows < 1 || w->rows > MOST_OUTPUTS || w->columns < 1 || w->columns > MOST_COLUMNS)
+        return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulInt8: expected N of 1 to 2^30, and K of 1 to "
+                                                       "65536, whose sums fit into 32 bits");
+    CHECK(constant_inputs(api, info, INPUTS, &node.constants));
     CHECK(pack(api, info, node.kernels, w));
-    return keep(api, &node, sizeof node, kernel);
+    Status *status = keep(api, &node, sizeof node, kernel);
+    if (status != NULL) release(w);
+    return status;
 }
 
 static void destroy_product(void *kernel) {
     const Product *node = kernel;
-    free_weight_memory((void *)node->weight.codes);
-    free((void *)node->weight.sums);
+    release(&node->weight);
     free(kernel);
 }
 

@@ -15,6 +15,7 @@ enum {
     G_IDX = 4, BIAS = 5, GATE = 6, RESIDUAL = 7, NORM = 8, INPUTS = 11,
     TASK_OUTPUTS = 32,    /* a multiple of every tile's */
     ROWS_AT_A_TIME = 8,   /* to round */
+    MOST_SIZE = 1 << 30,  /* of N and K: no product of sizes passes 64 bits */
 };
 
 /* The instructions that the kernels use on this processor; NULL: it has none that they know. */
@@ -76,7 +77,8 @@ typedef struct {
     Api api;
     const Kernels *kernels;
     Weight weight; /* packed; its bias is the graph's, set for every call */
-    int checked;   /* its inputs, where they are the same for every call */
+    uint32_t constants; /* bits of its inputs */
+    int checked;        /* its inputs, which no later call can change */
 } Node;
 
 typedef struct {
@@ -117,14 +119,15 @@ static const char *const not_constant = "edgevl.MatMulNBits: B, scales or zero_p
 static const char *const mismatch = "edgevl.MatMulNBits: B, scales, zero_points or bias is not of the size that N, K, "
                                     "bits and block_size say";
 
-/* What is the same for every call. A zero point that is not a constant looks like none while the kernel is made. */
+/* Once where they are constants. A zero point that is not a constant looks like none while the kernel is made. */
 static Status *check_inputs(Node *node, const KernelContext *context) {
     const Value *zeros = NULL;
     CHECK(KernelContext_GetInput(node->api)(context, 3, &zeros));
     if (zeros != NULL && node->weight.zeros == NULL) return CreateStatus(node->api)(ABI_INVALID_ARGUMENT, not_constant);
-    CHECK(check_size(node->api, context, BIAS, node->weight.rows, mismatch));
-    CHECK(check_norm(node->api, context, NORM, node->weight.columns));
-    node->checked = 1;
+    int checked = 1;
+    CHECK(check_once(node->api, context, BIAS, node->weight.rows, mismatch, node->constants, &checked));
+    CHECK(check_norm(node->api, context, NORM, node->weight.columns, node->constants, &checked));
+    __atomic_store_n(&node->checked, checked, __ATOMIC_RELAXED);
     return NULL;
 }
 
@@ -136,7 +139,7 @@ static Status *compute(void *kernel, KernelContext *context) {
     const void *order = NULL;
     int64_t rows = 0;
     CHECK(pause_pass(api));
-    if (!node->checked) CHECK(check_inputs(node, context));
+    if (!__atomic_load_n(&node->checked, __ATOMIC_RELAXED)) CHECK(check_inputs(node, context));
     CHECK(input_data(api, context, 0, &call.x));
     CHECK(input_data(api, context, G_IDX, &order));
     CHECK(input_data(api, context, BIAS, &w->bias));
@@ -199,10 +202,12 @@ static Status *create(const CustomOp *op, Api api, const KernelInfo *info, void 
     if (node.kernels == NULL)
         return CreateStatus(api)(ABI_FAIL, "edgevl.MatMulNBits: this processor has no instructions that it knows");
     const int known_block = block == 32 || block == 64 || (block > 0 && block <= INT32_MAX && block % CHUNK == 0);
-    if ((bits != 4 && bits != 8) || !known_block || w->rows < 1 || w->columns < 1)
+    const int known_size = w->rows >= 1 && w->rows <= MOST_SIZE && w->columns >= 1 && w->columns <= MOST_SIZE;
+    if ((bits != 4 && bits != 8) || !known_block || !known_size)
         return CreateStatus(api)(ABI_INVALID_ARGUMENT, "edgevl.MatMulNBits: expected bits 4 or 8, a block_size of 32, "
-                                                       "64 or a multiple of 128, and N and K of at least 1");
+                                                       "64 or a multiple of 128, and N and K of 1 to 2^30");
     w->bits = (int)bits, w->block = (int)block, w->blocks = up_to(w->columns, block) / block;
+    CHECK(constant_inputs(api, info, INPUTS, &node.constants));
     CHECK(pack(api, info, node.kernels, w));
     Status *status = keep(api, &node, sizeof node, kernel);
     if (status != NULL) release_weight(w->packed);

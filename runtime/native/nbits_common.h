@@ -99,9 +99,9 @@ static inline void normalize(const Norm *norm, const float *x, int64_t columns, 
 
 /* y × 2^whole, for numbers whose results are normal ones. */
 INLINE float scaled_by_power(float y, float whole) {
-    int32_t bits;
+    uint32_t bits;
     memcpy(&bits, &y, sizeof bits);
-    bits += (int32_t)whole * (1 << 23);
+    bits += (uint32_t)(int32_t)whole << 23;
     memcpy(&y, &bits, sizeof y);
     return y;
 }

@@ -64,6 +64,28 @@ static inline Status *check_size(Api api, const KernelContext *context, size_t i
     return size == wanted ? NULL : CreateStatus(api)(ABI_INVALID_ARGUMENT, mismatch);
 }
 
+/* Bits of those of the first `count` inputs that are constants. */
+static inline Status *constant_inputs(Api api, const KernelInfo *info, size_t count, uint32_t *constants) {
+    *constants = 0;
+    for (size_t index = 0; index < count; index++) {
+        const Value *value = NULL;
+        int constant = 0;
+        CHECK(KernelInfoGetConstantInput_tensor(api)(info, index, &constant, &value));
+        *constants |= (uint32_t)(constant != 0) << index;
+    }
+    return NULL;
+}
+
+/* As check_size; `checked` becomes 0 where the next call may bring another size: the input is there and no constant. */
+static inline Status *check_once(Api api, const KernelContext *context, size_t index, int64_t wanted,
+                                 const char *mismatch, uint32_t constants, int *checked) {
+    const Value *value = NULL;
+    CHECK(KernelContext_GetInput(api)(context, index, &value));
+    if (value == NULL) return NULL;
+    if (!(constants >> index & 1)) *checked = 0;
+    return check_size(api, context, index, wanted, mismatch);
+}
+
 static inline Status *output_data(Api api, KernelContext *context, size_t index, const int64_t *dims, size_t count,
                                   float **y) {
     Value *output = NULL;
@@ -109,10 +131,11 @@ static inline Status *norm_inputs(Api api, const KernelContext *context, size_t 
     return NULL;
 }
 
-static inline Status *check_norm(Api api, const KernelContext *context, size_t first, int64_t columns) {
+static inline Status *check_norm(Api api, const KernelContext *context, size_t first, int64_t columns,
+                                 uint32_t constants, int *checked) {
     const char *const mismatch = "edgevl: norm_weight or norm_bias has not K numbers, or norm_epsilon not one";
-    for (size_t i = 0; i < 2; i++) CHECK(check_size(api, context, first + i, columns, mismatch));
-    return check_size(api, context, first + 2, 1, mismatch);
+    for (size_t i = 0; i < 2; i++) CHECK(check_once(api, context, first + i, columns, mismatch, constants, checked));
+    return check_once(api, context, first + 2, 1, mismatch, constants, checked);
 }
 
 /* Rows of x, normalised in memory that is to be freed afterwards; those of x itself without a norm. NULL: no memory. */
