@@ -25,9 +25,7 @@ from tqdm import tqdm
 
 from edgevl.benchmarks.divergence import answer_logits, divergence
 from edgevl.benchmarks.recipe_speed import Speeds, edgevl, measure_speeds
-from edgevl.calibration.recipes import recipe
 from edgevl.runtime.doctor import cpu_model
-from edgevl.runtime.errors import InputError
 from edgevl.tasks import TASKS, Answered, Case, score_bundle, summarize
 
 __all__ = ["main", "write_conversations"]
@@ -186,13 +184,13 @@ def main(checkpoint: Path, samples: int, cases: int, recipes: str, speed: Path |
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Before minutes of measuring."""
+    """Before minutes of measuring: of the parts that RECIPES is made of, put together as they may be."""
+    known = [[*dict.fromkeys(of)] for of in zip(*map(parts, RECIPES))]
     for name in names:
-        decoder, vision, rotation = parts(name)
-        try:
-            recipe("gptq-int4" if decoder == "hybrid" else decoder, vision=vision, rotate=rotation or "none")
-        except InputError as e:
-            raise click.UsageError(f"--recipes: {name!r}: {e}") from None
+        for part, what, among in zip(parts(name), ("recipe", "vision recipe", "rotation"), known):
+            if part not in among:
+                expected = ", ".join(filter(None, among))
+                raise click.UsageError(f"--recipes: {name!r}: {what} {part!r} is unknown; expected one of {expected}")
 
 
 def _held_out(start: int) -> list[tuple[Any, str]]:

@@ -132,17 +132,17 @@ class VisionStage:
         key = picture_key(picture, config, (width, height))
         embeds = self.cache.get(key)
         cached = embeds is not None
+        grid = VisionGrid(1, height // config.patch_size, width // config.patch_size)
         if embeds is None:
+            self._admit(grid, (width, height))  # before its pixels are made, which are the most of it
             pause()
             processed = preprocess_image(picture, config, **options)
-            self._admit(processed.grid, processed.resized_size)
             done = time.perf_counter()
             embeds = self.run(processed)
             self.cache.put(key, embeds)
         else:
             done = time.perf_counter()
         freeze(embeds)
-        grid = VisionGrid(1, height // config.patch_size, width // config.patch_size)
         times = {"preprocess_s": done - started, "vision_s": time.perf_counter() - done}
         return EncodedImage(embeds, grid, picture.size, (width, height), key, **times, cached=cached)
 

@@ -250,7 +250,7 @@ def test_a_weight_is_in_memory_once(library: Path, tmp_path: Path) -> None:
     assert resident_kb(tmp_path / "m.data") < 200
     assert one - before > size_kb
     second = opened(path, library)
-    assert anonymous_kb() - one < size_kb // 4
+    assert anonymous_kb() - one < size_kb // 2  # a session's own, in a process that had many: up to 8 MB
     y = np.asarray(first.run(None, {"x": x})[0])
     del first
     assert resident_kb(tmp_path / "m.data") < 200
