@@ -117,7 +117,7 @@ class Admission:
         room = self._room()
         if room is None:
             return
-        needed = self._planner.vision(grid) + self._planner.embeds(self._planner.image_tokens(grid))
+        needed = self._encoding(grid) + self._planner.embeds(self._planner.image_tokens(grid))
         if needed <= room:
             return
         width, height = resized_size
@@ -128,6 +128,10 @@ class Admission:
             f"{what} (after the resize) needs {shown(needed)} to encode, "
             f"{shown(room)} are {_whose(self._limit)}; {advice}"
         )
+
+    def _encoding(self, grid: VisionGrid) -> int:
+        """A picture's pixels, not made yet, and activations; of a video, which is read in groups, the activations."""
+        return self._planner.vision(grid) + (self._planner.pixels(grid) if grid.t == 1 else 0)
 
     def _room(self) -> int | None:
         return _room(self._limit) if self._active else None
@@ -141,7 +145,7 @@ class Admission:
             tokens = self._planner.image_tokens(grid)
             prompt = tokens + _TEXT_TOKENS
             answer = self._planner.prefill(prompt) + self._planner.cache(prompt + _ANSWER_TOKENS)
-            return self._planner.embeds(tokens) + max(self._planner.vision(grid), answer - self._arena) <= room
+            return self._planner.embeds(tokens) + max(self._encoding(grid), answer - self._arena) <= room
 
         return largest_that_fits(self._factor**2, height * width, fits)
 
